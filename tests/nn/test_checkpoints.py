@@ -24,6 +24,19 @@ def test_a_run_goes_on_with_other_ranks(worlds, recipe, tmp_path):
     assert resume(0, None, recipe, tmp_path) == pytest.approx(want, rel=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("tool", ["ddp", "fsdp"])
+def test_a_run_goes_on_with_experts_on_other_ranks(worlds, tool, tmp_path):
+    """Experts on two of four ranks, and again on the others; on all four; alone."""
+    twice, spread = Recipe(tool, expert_ranks=2), Recipe(tool)
+    for before, after in ((twice, spread), (spread, twice), (twice, Recipe(tool, expert_ranks=1))):
+        folder = tmp_path / f"{before.expert_ranks} to {after.expert_ranks}"
+        want = worlds(4).run(save, before, folder)[0][0]
+        for got in worlds(4).run(resume, after, folder):
+            assert got == pytest.approx(want, rel=1e-12)
+        assert resume(0, None, after, folder) == pytest.approx(want, rel=1e-12)
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.tool)
 def test_to_and_from_the_state_of_one_process(worlds, recipe, tmp_path):
     full = worlds(4).run(save, recipe, tmp_path)[0][1]

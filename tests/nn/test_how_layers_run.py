@@ -103,6 +103,7 @@ OPTIONS = {
     "plain": None,
     "shared": lambda: LayerOptions(shared=nn.Linear(16, 16, dtype=torch.bfloat16)),
     "fp8": lambda: LayerOptions(quantize=Scale.FLOAT32),
+    "experts again": lambda: LayerOptions(checkpoint_experts=True),
 }
 
 
@@ -125,10 +126,38 @@ def test_checkpointing_changes_nothing(group, options, use_reentrant):
         assert torch.equal(value, want[name.removeprefix("model.")]), name
 
 
+def test_experts_are_computed_again_without_another_exchange(group, monkeypatch):
+    """And nothing of theirs but their rows is kept for backward."""
+    model = Block(group, torch.bfloat16)
+    again = Block(group, torch.bfloat16, LayerOptions(checkpoint_experts=True))
+    again.load_state_dict(model.state_dict())
+    x, calls = rows(2, 5).bfloat16(), []
+    for one in (SwiGLUExperts, tokenferry.ExpertGroup):
+        for name in ("forward", "dispatch", "combine", "redispatch"):
+            if hasattr(one, name):
+                monkeypatch.setattr(one, name, recorded(getattr(one, name), name, calls))
+    want = stepped(model, x)
+    once, calls[:] = calls[:], []
+    for name, value in stepped(again, x).items():
+        assert torch.equal(value, want[name]), name
+    assert once == ["dispatch", "forward", "combine", "redispatch", "combine"]
+    assert calls == ["dispatch", "forward", "combine", "redispatch", "forward", "combine"]
+    model.zero_grad()
+
+
+def recorded(function, name, calls):
+    def call(*args, **kwargs):
+        calls.append(name)
+        return function(*args, **kwargs)
+
+    return call
+
+
+@pytest.mark.parametrize("options", [None, LayerOptions(checkpoint_experts=True)], ids=["", "experts again"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_compiled_models(group, dtype):
+def test_compiled_models(group, dtype, options):
     """In one graph if products are grouped; with the loop, the counts break it."""
-    model = Block(group, dtype)
+    model = Block(group, dtype, options)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=dtype == torch.bfloat16)
     for num_tokens in (12, 0):
         x = rows(num_tokens).to(dtype)

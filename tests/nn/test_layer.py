@@ -8,11 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 import tokenferry
 from support.sharded import EXPERT_NAMES, local_parts
-from tokenferry.nn import GroupLimit, LayerOptions, MoELayer, Router, RouterOptions
+from tokenferry.nn import GELUExperts, GroupLimit, LayerOptions, MoELayer, Router, RouterOptions
 from tokenferry.testing.dense import DenseMoE
 from tokenferry.types import MoeShape, Routing
 
@@ -307,3 +308,39 @@ def test_experts_of_another_rank_are_refused(worlds, tmp_path):
 def test_what_can_never_work_is_refused_when_it_is_made(make, message):
     with pytest.raises(tokenferry.ConfigError, match=re.escape(message)):
         make()
+
+
+def test_results_are_no_views():
+    """Schedules of pipelines detach the results of a stage in place."""
+    with tokenferry.ExpertGroup(None, MoeShape(4, 2, 8, 16), backend="cpu") as group:
+        layer = MoELayer(group, 16)
+        assert not layer(torch.randn(3, 8))._is_view()
+        assert layer(torch.randn(2, 3, 8)).shape == (2, 3, 8)
+
+
+def test_experts_in_a_wrapper_that_repeats_them_are_refused():
+    """In backward it would call them without what functional_call has given them."""
+    with tokenferry.ExpertGroup(None, MoeShape(4, 2, 8, 16), backend="cpu") as group:
+        layer = MoELayer(group, 16)
+        with pytest.raises(tokenferry.ConfigError, match="checkpoint_experts=True"):
+            MoELayer(group, experts=checkpoint_wrapper(GELUExperts(group, 16)))
+        layer.experts = checkpoint_wrapper(layer.experts)
+        with pytest.raises(tokenferry.ConfigError, match="checkpoint_experts=True"):
+            layer(torch.randn(3, 8))
+        with pytest.raises(tokenferry.ConfigError, match="checkpoint_experts: expected a bool, got 1"):
+            LayerOptions(checkpoint_experts=1)
+
+
+def test_parameters_with_hooks_are_not_replaced(worlds):
+    for message in worlds(2).run(experts_with_hooks):
+        assert "experts: up: has hooks" in message
+
+
+def experts_with_hooks(rank, pg) -> str:
+    """Make a layer of experts with a hook, which their parameters would lose."""
+    with tokenferry.ExpertGroup(pg, MoeShape(4, 2, 8, 16), backend="cpu") as group:
+        experts = GELUExperts(group, 16)
+        experts.up.register_hook(torch.neg)
+        with pytest.raises(tokenferry.ConfigError) as caught:
+            MoELayer(group, experts=experts)
+        return str(caught.value)

@@ -15,7 +15,13 @@ RECIPES = [
     *(Recipe(tool, dtype) for tool in ("hand", "ddp", "fsdp") for dtype in (torch.float64, torch.float32)),
     *(Recipe(tool, optimizer=kind) for tool in ("hand", "ddp", "fsdp") for kind in ("foreach", "fused")),
     *(Recipe(tool, optimizer=kind) for tool in ("ddp", "fsdp") for kind in OTHERS if kind not in MISLED),
+    *(Recipe(tool, expert_ranks=ranks) for tool in ("ddp", "fsdp") for ranks in (1, 2)),
 ]
+
+
+def name_of(recipe):
+    spread = "" if recipe.expert_ranks is None else f"-experts on {recipe.expert_ranks}"
+    return f"{recipe.tool}-{recipe.dtype}-{recipe.optimizer}{spread}"
 
 
 def close(what, got, want, within):
@@ -25,7 +31,7 @@ def close(what, got, want, within):
     assert error <= within, f"{what}: relative error {error:.1e}"
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: f"{r.tool}-{r.dtype}-{r.optimizer}")
+@pytest.mark.parametrize("recipe", RECIPES, ids=name_of)
 def test_four_ranks_are_one_process(worlds, recipe):
     """One rule for losses and gradients, norms, clipping, optimizers and moving averages."""
     want, results = train_alone(recipe), worlds(4).run(train, recipe)
@@ -93,6 +99,26 @@ def test_mixed_precision_of_sharded_models(worlds):
             close(name, got[name], value, 0.1)
 
 
+def test_routers_of_narrow_models_are_sharded_apart(worlds):
+    """FSDP2 wants one dtype for all parameters that it shards together, and routers are float32."""
+    assert worlds(2).run(jobs.narrow_parameters, True) == ["", ""]
+    for message in worlds(2).run(jobs.narrow_parameters, False):
+        assert "expects uniform original parameter dtype" in message
+
+
+@pytest.mark.parametrize("tool", ["hand", "ddp", "fsdp"])
+def test_values_are_clipped_together(worlds, tool):
+    for message, right in worlds(2).run(jobs.clipped_values, tool):
+        assert ("got mixed torch.Tensor and DTensor" in message) == (tool != "fsdp")
+        assert right
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection", "ignore:Error detected")
+def test_torch_finds_no_nans_in_sharded_experts(worlds):
+    for message in worlds(2).run(jobs.traced_for_nans):
+        assert "_is_any_true" in message
+
+
 @pytest.mark.parametrize("tool", ["hand", "ddp", "fsdp"])
 def test_layers_made_on_meta(worlds, tool):
     with tokenferry.ExpertGroup(None, SHAPE) as group:
@@ -122,13 +148,48 @@ def test_second_derivatives_under_fsdp_raise(worlds):
         assert "storage of size 0" in message
 
 
-@pytest.mark.parametrize("how", ["checkpointed", "reentrant", "compiled", "generated", "generated in place"])
-@pytest.mark.parametrize("tool", ["ddp", "fsdp"])
-def test_models_under_a_tool_are_checkpointed_and_compiled(worlds, tool, how):
-    for want, got in worlds(2).run(jobs.run_otherwise, tool, how):
+def same(results):
+    for want, got in results:
         assert got.keys() == want.keys()
         for name, value in want.items():
             close(name, got[name], value, 1e-12)
+
+
+@pytest.mark.parametrize("how", ["checkpointed", "reentrant", "wrapped", "compiled", "generated", "generated in place"])
+@pytest.mark.parametrize("tool", ["ddp", "fsdp"])
+def test_models_under_a_tool_are_checkpointed_and_compiled(worlds, tool, how):
+    same(worlds(2).run(jobs.run_otherwise, tool, how))
+
+
+@pytest.mark.parametrize("how", ["checkpointed", "compiled", "generated"])
+def test_models_with_experts_on_some_ranks_are_checkpointed_and_compiled(worlds, how):
+    """Backward averages over the other ranks with the same experts, in compiled code, too."""
+    same(worlds(4).run(jobs.run_otherwise, "ddp", how, 2))
+
+
+def test_smaller_groups_need_to_know_who_has_the_same_experts(worlds):
+    for missing, dimensions, kind, placed in worlds(4).run(jobs.small_groups):
+        assert "replicate: the group of 'moe.0' has 2 of 4 ranks; pass the ranks that hold the same" in missing
+        assert "replicate: expected one dimension, got [2, 2]" in dimensions
+        assert "replicate: expected a mesh, a process group, False or None, got str" in kind
+        assert "replicate: 'model' has a PlacedRouter" in placed
+
+
+@pytest.mark.parametrize("expert_ranks", [1, 2])
+def test_biases_count_the_loads_of_all_ranks(worlds, expert_ranks):
+    recipe = Recipe("ddp", expert_ranks=expert_ranks)
+    want = jobs.balanced(0, None, recipe, 4)
+    assert want.unique().numel() > 1
+    for got in worlds(4).run(jobs.balanced, recipe, 4):
+        assert torch.equal(got, want)
+
+
+def test_what_parallelize_keeps(worlds):
+    worlds(2).run(jobs.kept_by_parallelize)
+
+
+def test_what_was_to_be_ignored_before_still_is(worlds):
+    assert worlds(2).run(jobs.ignored_before) == [0.0, 1.0]
 
 
 @pytest.mark.parametrize(

@@ -197,6 +197,20 @@ def test_update_bias_follows_the_load():
     assert "bias" in router.state_dict()
 
 
+@pytest.mark.parametrize("cast", ["bfloat16", "half", "float", "double"])
+def test_a_bias_is_never_narrower_than_float32(cast):
+    """Steps of 0.001 would be lost from 0.5 on in bfloat16."""
+    router = Router(8, 4, 2, group_limit=GroupLimit(1, 1))
+    router.bias.fill_(1.0 + 2**-20)
+    model = torch.nn.Sequential(router, torch.nn.Linear(8, 8))
+    getattr(model, cast)()
+    assert model[1].weight.dtype == router.weight.dtype
+    assert router.bias.dtype == (torch.float64 if cast == "double" else torch.float32)
+    assert router.bias[0].item() == 1.0 + 2**-20
+    assert router.state_dict()["bias"] is not None
+    assert router.to("meta").bias.is_meta
+
+
 def test_update_bias_balances_a_skewed_load():
     generator = torch.Generator().manual_seed(0)
     router = Router(8, 8, 2, group_limit=GroupLimit(1, 1), seed=3)

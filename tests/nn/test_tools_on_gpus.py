@@ -64,10 +64,11 @@ RECIPES = [
     *(Recipe(tool, dtype) for tool in TOOLS for dtype in WITHIN),
     *(Recipe(tool, optimizer=kind) for tool in TOOLS for kind in ("foreach", "fused")),
     *(Recipe(tool, optimizer=kind) for tool in TOOLS[1:] for kind in ("SGD", "Adam")),
+    *(Recipe(tool, expert_ranks=1) for tool in TOOLS[1:]),
 ]
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: f"{r.tool}-{r.dtype}-{r.optimizer}")
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: f"{r.tool}-{r.dtype}-{r.optimizer}-{r.expert_ranks}")
 def test_two_gpus_are_one_process_on_a_cpu(ranks, recipe):
     """Losses, gradients, norms, clipping, optimizers and moving averages."""
     want, results = train_alone(recipe, num_ranks=2), ranks().run(train, recipe)

@@ -56,7 +56,7 @@ def advance(
 
 def save(rank: int, pg: dist.ProcessGroup, recipe: Recipe, folder: Path) -> tuple[list[float], dict[str, Tensor]]:
     """Save after two steps; return the losses of the next two, and what was saved as one process would have it."""
-    with open_group(pg) as group:
+    with recipe.open_group(pg) as group:
         model = prepared(Model(group, recipe.dtype), recipe, pg)
         optimizer = make_optimizer(model, recipe)
         advance(model, optimizer, recipe, pg, range(2))
@@ -71,7 +71,7 @@ def save(rank: int, pg: dist.ProcessGroup, recipe: Recipe, folder: Path) -> tupl
 
 def resume(rank: int, pg: dist.ProcessGroup | None, recipe: Recipe, folder: Path) -> list[float]:
     """Load what `save` has saved, on any number of ranks; return the losses of the next two steps."""
-    with open_group(pg) as group:
+    with open_group(None) if pg is None else recipe.open_group(pg) as group:
         model = Model(group, recipe.dtype)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -87,7 +87,7 @@ def resume(rank: int, pg: dist.ProcessGroup | None, recipe: Recipe, folder: Path
 
 def take_over(rank: int, pg: dist.ProcessGroup, recipe: Recipe, full: dict[str, Tensor]) -> dict[str, Tensor]:
     """Load the state of a single process, which only rank 0 has; return all parameters."""
-    with open_group(pg) as group:
+    with recipe.open_group(pg) as group:
         model = prepared(Model(group, recipe.dtype), recipe, pg)
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(getattr(model, "module", model), full if rank == 0 else {}, options=options)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.experimental import implicit_replication
@@ -17,6 +18,7 @@ import tokenferry
 from support.sharded import local_parts
 from support.training_jobs import (
     HIDDEN,
+    SHAPE,
     Model,
     Recipe,
     average_by_hand,
@@ -29,7 +31,8 @@ from support.training_jobs import (
     whole,
     wholes,
 )
-from tokenferry.nn import MoELayer, Router, parallelize
+from tokenferry.nn import GroupLimit, LayerOptions, MoELayer, Router, parallelize, update_biases
+from tokenferry.nn.balance import PlacedRouter, Placement
 
 
 def unprepared(rank: int, pg: dist.ProcessGroup) -> tuple[dict[str, str], bool]:
@@ -70,6 +73,33 @@ def clipped_at_once(rank: int, pg: dist.ProcessGroup) -> str:
     return ""
 
 
+def traced_for_nans(rank: int, pg: dist.ProcessGroup) -> str:
+    """Return what torch says about DTensors in its anomaly mode."""
+    with open_group(pg) as group, torch.autograd.set_detect_anomaly(True):
+        try:
+            loss_of(Model(group, torch.float64), batch(0, torch.float64, 4)).backward()
+        except NotImplementedError as error:
+            return str(error)
+    return ""
+
+
+def clipped_values(rank: int, pg: dist.ProcessGroup, tool: str) -> tuple[str, bool]:
+    """Clip values: return what torch says of DTensors and tensors at once, and whether it is right with help."""
+    message, recipe = "", Recipe(tool)
+    with open_group(pg) as group:
+        model = prepared(Model(group, torch.float64), recipe, pg)
+        loss_of(model, batch(0, torch.float64, 4)).backward()
+        want = {name: value.clamp(-1e-3, 1e-3) for name, value in gradients(model).items()}
+        try:
+            nn.utils.clip_grad_value_(model.parameters(), 1e-3)
+        except RuntimeError as error:
+            message = str(error)
+        with recipe.together():
+            nn.utils.clip_grad_value_(model.parameters(), 1e-3)
+        got = gradients(model)
+    return message, all(torch.equal(got[name], value) for name, value in want.items())
+
+
 def refusals(rank: int, pg: dist.ProcessGroup) -> list[str]:
     """Return what `parallelize` says about models and meshes that do not fit."""
     messages = []
@@ -84,6 +114,76 @@ def refusals(rank: int, pg: dist.ProcessGroup) -> list[str]:
                 messages.append(str(error))
         assert all(p is q for p, q in zip(model.parameters(), before, strict=True))
     return messages
+
+
+def small_groups(rank: int, pg: dist.ProcessGroup) -> list[str]:
+    """Return what `parallelize` says where groups have two of four ranks, and nobody says well what others hold."""
+    recipe, messages = Recipe("ddp", expert_ranks=2), []
+    mesh = recipe.mesh(pg)
+    with recipe.open_group(pg) as group:
+        model, slots = Model(group, torch.float32), torch.arange(SHAPE.num_experts)
+        router = PlacedRouter(Router(HIDDEN, SHAPE.num_experts, 2), Placement.of(slots, 2), group)
+        placed = MoELayer(group, 12, router=router)
+        for given, replicate in ((model, None), (model, mesh), (model, "all"), (placed, mesh["replicate"])):
+            try:
+                parallelize(given, replicate=replicate)
+            except tokenferry.ConfigError as error:
+                messages.append(str(error))
+        assert not hasattr(model, "_ddp_params_and_buffers_to_ignore")
+        parallelize(model, replicate=False)
+        assert [layer.replicas for layer in model.moe] == [None, None]
+    return messages
+
+
+def kept_by_parallelize(rank: int, pg: dist.ProcessGroup) -> None:
+    """Parameters that are replaced keep what they had, and one of two layers stays one; hooks are refused."""
+    with open_group(pg) as group:
+        model, mesh = Model(group, torch.float32), init_device_mesh("cpu", (pg.size(),), mesh_dim_names=("experts",))
+        model.moe[1].experts.gate = model.moe[0].experts.gate
+        loss_of(model, batch(rank, torch.float32, 5)).backward()
+        before = {name: whole(p.grad) for name, p in model.named_parameters()}
+        model.moe[0].experts.up.decay = 0.5
+        handle = model.moe[1].experts.down.register_post_accumulate_grad_hook(print)
+        parameters = list(model.parameters())
+        try:
+            parallelize(model, mesh)
+        except tokenferry.ConfigError as error:
+            assert "down: has hooks, and would be replaced" in str(error)  # noqa: PT017 - in a rank
+        else:
+            raise AssertionError("hooks were lost")
+        assert all(p is q for p, q in zip(model.parameters(), parameters, strict=True)), "some were replaced"
+        handle.remove()
+        parallelize(model, mesh)
+        assert model.moe[1].experts.gate is model.moe[0].experts.gate
+        assert model.moe[0].experts.gate.device_mesh == mesh
+        assert model.moe[0].experts.up.decay == 0.5
+        for name, p in model.named_parameters():
+            assert torch.equal(whole(p.grad), before[name]), name
+
+
+def ignored_before(rank: int, pg: dist.ProcessGroup) -> float:
+    """Return a buffer that DistributedDataParallel was told to ignore, after it has run."""
+    with open_group(pg) as group:
+        model = Model(group, torch.float32)
+        model.register_buffer("mine", torch.full((1,), float(rank)))
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["mine"])
+        parallelize(model)
+        loss_of(DistributedDataParallel(model), batch(rank, torch.float32, 5)).backward()
+        return model.mine.item()
+
+
+def balanced(rank: int, pg: dist.ProcessGroup | None, recipe: Recipe, num_ranks: int) -> Tensor:
+    """Return the biases after a step with this rank's tokens; alone, with those of all ranks."""
+    with open_group(None) if pg is None else recipe.open_group(pg) as group:
+        router = Router(HIDDEN, SHAPE.num_experts, 2, group_limit=GroupLimit(1, 1))
+        layer = MoELayer(group, 12, router=router)
+        if pg is not None:
+            mesh = recipe.mesh(pg)
+            parallelize(layer, replicate=mesh["replicate"])
+        for number in [rank] if pg is not None else range(num_ranks):
+            layer(batch(number, torch.float32, 5 + number))
+        update_biases(layer)
+        return router.bias
 
 
 def averaged_fsdp(rank: int, pg: dist.ProcessGroup) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -116,6 +216,26 @@ def narrow_fsdp(rank: int, pg: dist.ProcessGroup) -> dict[str, Any]:
         out = model(x)
         (out.float() - x).square().mean().backward()
         return {"dtype": out.dtype, **gradients(model)}
+
+
+def narrow_parameters(rank: int, pg: dist.ProcessGroup, prepare_router: bool) -> str:
+    """Train a step of a bfloat16 model, whose router is float32, by FSDP2; return the error of torch, if any."""
+    with open_group(pg) as group:
+        layer = MoELayer(group, 12, dtype=torch.bfloat16)
+        model = nn.Sequential(nn.Linear(HIDDEN, HIDDEN, dtype=torch.bfloat16), layer)
+        mesh = init_device_mesh(device_of(pg).type, (pg.size(),))
+        experts = parallelize(model, mesh)
+        if prepare_router:
+            fully_shard(layer.router, mesh=mesh)
+        fully_shard(model, mesh=mesh, ignored_params=experts)
+        try:
+            out = model(batch(0, torch.bfloat16, 8).to(group.device))
+        except AssertionError as error:
+            return str(error)
+        out.float().square().mean().backward()
+        assert all(p.grad is not None and p.grad.dtype == p.dtype for p in model.parameters())
+        assert layer.router.weight.dtype == torch.float32
+        return ""
 
 
 def narrow_alone() -> dict[str, Any]:
@@ -157,7 +277,7 @@ def run_alone(rank: int, pg: dist.ProcessGroup) -> dict[str, Tensor]:
         x = torch.randn(3, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
         x = x.to(group.device)
 
-        def record(name: str, out: Tensor) -> None:
+        def record(name: str, out: Tensor, layer: MoELayer = layer) -> None:
             out.square().mean().backward()
             found.update({f"{name} {key}": whole(p.grad) for key, p in layer.named_parameters()})
             layer.zero_grad()
@@ -165,25 +285,29 @@ def run_alone(rank: int, pg: dist.ProcessGroup) -> dict[str, Tensor]:
         record("eager", layer(x))
         record("checkpointed", checkpoint(layer, x, use_reentrant=False))
         record("reentrant", checkpoint(layer, x.clone().requires_grad_(), use_reentrant=True))
+        again = MoELayer(group, 12, seed=1, dtype=torch.float64, options=LayerOptions(checkpoint_experts=True))
+        record("experts", again(x), again)
         with torch._dynamo.config.patch(capture_scalar_outputs=True):
             record("compiled", torch.compile(layer, backend="aot_eager", fullgraph=True)(x))
         return local_parts(found)
 
 
-def run_otherwise(rank: int, pg: dist.ProcessGroup, tool: str, otherwise: str) -> list[dict[str, Tensor]]:
+def run_otherwise(
+    rank: int, pg: dist.ProcessGroup, tool: str, otherwise: str, expert_ranks: int | None = None
+) -> list[dict[str, Tensor]]:
     """Return loss and gradients of a model under a tool: as it is, and otherwise.
 
-    Checkpointed layers of either kind; compiled as by default, with eager kernels; in one graph of generated code, by
-    a call before the tool (``in place``) or after it.
+    Checkpointed layers of either kind; the whole model in torch's wrapper that checkpoints; compiled as by default,
+    with eager kernels; in one graph of generated code, by a call before the tool (``in place``) or after it.
     """
-    found = []
+    found, recipe = [], Recipe(tool, expert_ranks=expert_ranks)
     backend = "inductor" if otherwise.startswith("generated") else "aot_eager"
     one_graph = {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True}
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     with (
         torch._dynamo.config.patch(one_graph if backend == "inductor" else {}),
-        open_group(pg) as group,
+        recipe.open_group(pg) as group,
     ):
         for how in ("eager", otherwise):
             model = Model(group, torch.float64)
@@ -192,7 +316,9 @@ def run_otherwise(rank: int, pg: dist.ProcessGroup, tool: str, otherwise: str) -
                     layer.forward = partial(checkpoint, layer.forward, use_reentrant=how == "reentrant")
             if how == "generated in place":
                 model.compile(backend=backend)
-            model = prepared(model, Recipe(tool), pg)
+            if how == "wrapped":
+                model = checkpoint_wrapper(model)
+            model = prepared(model, recipe, pg)
             run = torch.compile(model, backend=backend) if how in ("compiled", "generated") else model
             loss = loss_of(run, batch(rank, torch.float64, 5 + rank))
             loss.backward()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.nn.parallel import DistributedDataParallel
@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import tokenferry
 from tokenferry import MoeShape, Routing
-from tokenferry.nn import MoELayer, Router, parallelize
+from tokenferry.nn import MoELayer, Router, clip_grad_norm_, parallelize
 
 EXPERTS, TOP_K, HIDDEN, FFN = 8, 2, 16, 12
 TOKENS = (5, 3, 8, 6)
@@ -45,11 +45,25 @@ class Recipe:
         tool: ``"hand"``, ``"ddp"`` or ``"fsdp"``: what keeps the copies of replicated parameters equal.
         dtype: Of parameters and rows.
         optimizer: Which AdamW, ``"plain"``, ``"foreach"`` or ``"fused"``; or another optimizer of torch, by its name.
+        expert_ranks: Ranks over which experts are spread; others hold them again. None: all.
     """
 
     tool: str
     dtype: torch.dtype = torch.float64
     optimizer: str = "plain"
+    expert_ranks: int | None = None
+
+    def mesh(self, pg: dist.ProcessGroup) -> DeviceMesh:
+        """Return all ranks: those that hold the same experts, and those over which they are spread."""
+        wide = self.expert_ranks or pg.size()
+        names = ("replicate", "experts")
+        return init_device_mesh(device_of(pg).type, (pg.size() // wide, wide), mesh_dim_names=names)
+
+    def open_group(self, pg: dist.ProcessGroup) -> tokenferry.ExpertGroup:
+        """Make the group of the experts."""
+        if self.expert_ranks is None:
+            return open_group(pg)
+        return open_group(self.mesh(pg)["experts"].get_group())
 
     def together(self) -> AbstractContextManager[Any]:
         """Return what a call on DTensors and tensors at once needs; with FSDP2 all are DTensors."""
@@ -104,21 +118,31 @@ def whole(value: Tensor) -> Tensor:
 
 
 def wholes(model: nn.Module) -> dict[str, Tensor]:
-    return {name.removeprefix("module."): whole(p) for name, p in model.named_parameters()}
+    return {bare(name): whole(p) for name, p in model.named_parameters()}
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {name.removeprefix("module."): whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    return {bare(name): whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+
+
+def bare(name: str) -> str:
+    """Return the name of a parameter without those of wrappers."""
+    return name.removeprefix("module.").removeprefix("_checkpoint_wrapped_module.")
 
 
 def prepared(model: nn.Module, recipe: Recipe, pg: dist.ProcessGroup) -> nn.Module:
     """Return the model as its tool wants it."""
+    if recipe.expert_ranks is not None:
+        mesh = recipe.mesh(pg)
+        experts = parallelize(model, mesh["experts"], replicate=mesh["replicate"])
     if recipe.tool == "ddp":
-        parallelize(model)
+        if recipe.expert_ranks is None:
+            parallelize(model)
         return DistributedDataParallel(model)
     if recipe.tool == "fsdp":
-        mesh = init_device_mesh(device_of(pg).type, (pg.size(),), mesh_dim_names=("all",))
-        experts = parallelize(model, mesh)
+        if recipe.expert_ranks is None:
+            mesh = init_device_mesh(device_of(pg).type, (pg.size(),), mesh_dim_names=("all",))
+            experts = parallelize(model, mesh)
         for layer in model.moe:
             fully_shard(layer, mesh=mesh, ignored_params=experts)
         fully_shard(model, mesh=mesh, ignored_params=experts)
@@ -162,7 +186,7 @@ def average_by_hand(model: nn.Module, pg: dist.ProcessGroup) -> None:
 
 def train(rank: int, pg: dist.ProcessGroup, recipe: Recipe) -> dict[str, Any]:
     """Three steps on this rank's tokens, with clipping and a moving average."""
-    with open_group(pg) as group:
+    with recipe.open_group(pg) as group:
         model = prepared(Model(group, recipe.dtype), recipe, pg)
 
         def step(i: int) -> Tensor:
@@ -201,7 +225,9 @@ def _steps(
         if i == 0:
             found["gradients"] = gradients(model)
         with recipe.together():
-            norm = nn.utils.clip_grad_norm_(model.parameters(), LIMIT)
+            # Torch's function takes DTensors of one mesh.
+            several = recipe.expert_ranks is not None
+            norm = clip_grad_norm_(model, LIMIT) if several else nn.utils.clip_grad_norm_(model.parameters(), LIMIT)
             optimizer.step()
             if average is not None:
                 average.update_parameters(model)

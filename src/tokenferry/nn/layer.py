@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tokenferry import autograd
 from tokenferry.api import ExpertGroup
@@ -16,18 +17,20 @@ from tokenferry.nn.balance.replicas import share_gradients
 from tokenferry.nn.balance.routing import PlacedRouter
 from tokenferry.nn.experts import SeededExperts, SwiGLUExperts
 from tokenferry.nn.options import LayerOptions
-from tokenferry.nn.precision import autocast_dtype
+from tokenferry.nn.precision import NARROW, autocast_dtype
 from tokenferry.nn.recomputing import recomputing
 from tokenferry.nn.router import GroupLimit, Router
-from tokenferry.nn.sharding import averaged_gradient, expert_mesh, shard_parameters
+from tokenferry.nn.sharding import Replicas, averaged_gradient, expert_mesh, shard_parameters
 from tokenferry.topology import most_nodes
 from tokenferry.types import Routing
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-_NARROW = (torch.bfloat16, torch.float16)
-"""Dtypes of rows to which float32 experts are cast."""
+_CHECKPOINTED = (
+    "MoELayer: experts: torch's checkpoint_wrapper would repeat them in backward without the parameters of this rank; "
+    "wrap the layer, or use LayerOptions(checkpoint_experts=True)"
+)
 
 
 class MoELayer(nn.Module):
@@ -76,12 +79,13 @@ class MoELayer(nn.Module):
         shared: The module for all tokens, or None.
         expert_counts: ``[L]`` int32: rows that this rank's experts received in the last forward, from all ranks; None
             before the first.
+        replicas: Which ranks hold the same experts as this one, if `parallelize` was told: backward averages over them.
 
     Raises:
         ConfigError: ``ffn_hidden`` or ``seed`` is out of range; not exactly one of ``ffn_hidden`` and ``experts`` is
-            given, or ``dtype`` with ``experts``; a parameter of the experts has another first dimension, or is on
-            another device than the group; or a `Router` has other sizes than the group, or may choose experts on more
-            nodes than its ``max_nodes``.
+            given, or ``dtype`` with ``experts``; they are in torch's checkpoint_wrapper; a parameter of the experts has
+            another first dimension, is on another device than the group, or has hooks; or a `Router` has other sizes
+            than the group, or may choose experts on more nodes than its ``max_nodes``.
 
     Example:
         >>> import torch, tokenferry
@@ -126,6 +130,7 @@ class MoELayer(nn.Module):
             self._draw_experts()
         self.shared = self.options.shared
         self._sharded = False
+        self.replicas: Replicas | None = None
         self.register_load_state_dict_pre_hook(_refuse_other_experts)  # type: ignore[no-untyped-call]
         mesh = expert_mesh(group)
         if mesh is not None:
@@ -154,7 +159,8 @@ class MoELayer(nn.Module):
         options, routing = self.options, _routing(self.router(rows))
         sent = autograd.dispatch(self.group, cast, routing, options=options.dispatch, quantize=options.quantize)
         self._count(sent.expert_counts)
-        y = torch.func.functional_call(self.experts, parameters, (sent.x, sent.expert_offsets))
+        assert sent.expert_offsets is not None
+        y = self._computed(sent.x, sent.expert_offsets, parameters)
         # A compiler knows no number of rows to compare.
         if not torch.compiler.is_compiling() and y.shape != sent.x.shape:
             raise ShapeError(
@@ -164,7 +170,24 @@ class MoELayer(nn.Module):
         assert sent.topk_weights is not None
         y = (y * sent.topk_weights.unsqueeze(1).to(y.dtype)).contiguous()
         bias = None if shared is None else shared.to(y.dtype).contiguous()
-        return autograd.combine(self.group, y, sent.plan, bias=bias).x.reshape(x.shape)
+        out = autograd.combine(self.group, y, sent.plan, bias=bias).x
+        # No view if it can be helped: schedules of pipelines detach the results of a stage in place.
+        return out if x.ndim == 2 else out.reshape(x.shape)
+
+    def _computed(self, rows: Tensor, offsets: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        """Return what the experts make of their rows."""
+        names = list(parameters)
+
+        def compute(rows: Tensor, offsets: Tensor, *values: Tensor) -> Tensor:
+            found: Tensor = torch.func.functional_call(
+                self.experts, dict(zip(names, values, strict=True)), (rows, offsets)
+            )
+            return found
+
+        if not self.options.checkpoint_experts:
+            return compute(rows, offsets, *parameters.values())
+        again: Tensor = checkpoint(compute, rows, offsets, *parameters.values(), use_reentrant=False)
+        return again
 
     def _cast(self, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the rows, and this rank's part of the experts' parameters, as they compute: under autocast, cast."""
@@ -172,13 +195,13 @@ class MoELayer(nn.Module):
         parts = self._local_experts()
         if isinstance(self.router, PlacedRouter):
             parts = share_gradients(self.group, self.router.placement, parts)
-        parts = {name: averaged_gradient(part, num_ranks) for name, part in parts.items()}
-        dtypes = {part.dtype for part in parts.values()} & {*_NARROW, torch.float32, torch.float64}
+        parts = {name: averaged_gradient(part, num_ranks, self.replicas) for name, part in parts.items()}
+        dtypes = {part.dtype for part in parts.values()} & {*NARROW, torch.float32, torch.float64}
         narrow = autocast_dtype(rows.device.type)
-        if narrow is None and rows.dtype in _NARROW and torch.float32 in dtypes:
+        if narrow is None and rows.dtype in NARROW and torch.float32 in dtypes:
             narrow = rows.dtype
         if narrow is not None:
-            wide = {*_NARROW, torch.float32} - {narrow}
+            wide = {*NARROW, torch.float32} - {narrow}
             rows = rows.to(narrow) if rows.dtype in wide else rows
             parts = {name: part.to(narrow) if part.dtype in wide else part for name, part in parts.items()}
             dtypes = {narrow if dtype in wide else dtype for dtype in dtypes}
@@ -248,16 +271,18 @@ class MoELayer(nn.Module):
         self.experts.numbers = self.held_experts  # so that replicas are equal
         self.experts.reset_parameters()
 
-    def place_experts(self, mesh: DeviceMesh) -> None:
+    def place_experts(self, mesh: DeviceMesh, known: dict[nn.Parameter, nn.Parameter] | None = None) -> None:
         """Replace the parameters of the experts by DTensors over this mesh, whose ranks are those of the group. Local.
 
-        For `parallelize`, which checks the ranks.
+        For `parallelize`, which checks the ranks; ``known``: as `shard_parameters` takes it.
         """
-        shard_parameters(self.experts, mesh)
+        shard_parameters(self.experts, mesh, known)
         self._sharded = True
 
     def _local_experts(self) -> dict[str, Tensor]:
         """Return what this rank holds of the parameters of the experts."""
+        if "_checkpoint_wrapped_module" in self.experts._modules:
+            raise ConfigError(_CHECKPOINTED)
         weights: dict[str, Any] = dict(self.experts.named_parameters())
         # Not `hasattr(weight, "to_local")`: torch.compile finds no such attribute of a parameter.
         return {name: weight.to_local() for name, weight in weights.items()} if self._sharded else weights
@@ -321,6 +346,8 @@ def _experts(
         return SwiGLUExperts(group, ffn_hidden, seed=seed, dtype=dtype)
     if dtype is not None:
         raise ConfigError(f"MoELayer: dtype={dtype} is that of experts that the layer makes; cast yours with .to()")
+    if "_checkpoint_wrapped_module" in experts._modules:
+        raise ConfigError(_CHECKPOINTED)
     saved = set(experts.state_dict())
     for name, parameter in experts.named_parameters():
         saved.discard(name)

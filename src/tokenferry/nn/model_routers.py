@@ -62,7 +62,8 @@ def update_biases(model: nn.Module, *, rate: float = 0.001) -> None:
     The balancing without an auxiliary loss of DeepSeek-V3 (arXiv 2412.19437, section 2.1.2). Call it after each step of
     the optimizer.
 
-    Contract: collective, one all-reduce over each process group; every rank gets the same biases. Loads are those of
+    Contract: collective, one all-reduce over each process group, and one over the replicas that `parallelize` was told
+    of; every rank gets the same biases. Loads are those of
     forward passes in training mode; a pass that a checkpoint repeats does not count, unless it is compiled.
 
     Args:
@@ -78,17 +79,25 @@ def update_biases(model: nn.Module, *, rate: float = 0.001) -> None:
             "update_biases: model: expected a MoELayer whose router has a bias, found none; make it with "
             "Router(..., group_limit=GroupLimit(1, 1))"
         )
-    by_group: dict[dist.ProcessGroup | None, list[MoELayer]] = {}
+    by_group: dict[tuple[dist.ProcessGroup, ...], list[MoELayer]] = {}
     for layer in layers:
-        by_group.setdefault(layer.group.process_group, []).append(layer)
-    for process_group, members in by_group.items():
+        by_group.setdefault(_groups(layer), []).append(layer)
+    for groups, members in by_group.items():
         flat = torch.cat([_load(layer) for layer in members])
-        if members[0].group.num_ranks > 1:
-            dist.all_reduce(flat, group=process_group)
+        for group in groups:
+            dist.all_reduce(flat, group=group)
         loads = flat.split([_bias(layer).numel() for layer in members])  # type: ignore[no-untyped-call]
         for layer, load in zip(members, loads, strict=True):
             assert isinstance(layer.choice, Router)
             layer.choice.update_bias(load, rate=rate)
+
+
+def _groups(layer: MoELayer) -> tuple[dist.ProcessGroup, ...]:
+    """Return the process groups over which the loads of a layer are added up, one after the other."""
+    groups = [] if layer.group.num_ranks == 1 else [layer.group.process_group]
+    if layer.replicas is not None:
+        groups.append(layer.replicas.group)
+    return tuple(group for group in groups if group is not None)
 
 
 def _bias(layer: MoELayer) -> Tensor:

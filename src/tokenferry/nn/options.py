@@ -26,16 +26,22 @@ class LayerOptions:
             ``counts="device"`` forward does not wait for the counts, and experts get ``capacity`` rows, of which those
             past the last offset hold no data; their memory and computation are those of the capacity.
 
+        checkpoint_experts: Keep of the experts only their rows for backward, and compute them again there: activation
+            checkpointing without a second exchange.
+
     Raises:
         ConfigError: ``shared`` is no module, ``quantize`` no `Scale`, ``dispatch`` no `DispatchOptions`, or it has
-            another layout.
+            another layout, or ``checkpoint_experts`` is no bool.
     """
 
     shared: nn.Module | None = None
     quantize: Scale | None = None
     dispatch: DispatchOptions = field(default_factory=lambda: DispatchOptions(Layout.EXPERTS))
+    checkpoint_experts: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.checkpoint_experts, bool):
+            raise ConfigError(f"LayerOptions: checkpoint_experts: expected a bool, got {self.checkpoint_experts!r}")
         if self.shared is not None and not isinstance(self.shared, nn.Module):
             raise ConfigError(
                 f"LayerOptions: shared: expected a torch.nn.Module or None, got {type(self.shared).__name__}"

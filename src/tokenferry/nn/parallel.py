@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch.distributed as dist
 from torch import nn
 
 from tokenferry.errors import ConfigError
+from tokenferry.nn.balance.routing import PlacedRouter
 from tokenferry.nn.layer import MoELayer
+from tokenferry.nn.sharding import Replicas, by_place, check_hooks
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-def parallelize(model: nn.Module, mesh: DeviceMesh | None = None) -> set[nn.Parameter]:
+def parallelize(
+    model: nn.Module,
+    mesh: DeviceMesh | None = None,
+    *,
+    replicate: DeviceMesh | dist.ProcessGroup | Literal[False] | None = None,
+) -> set[nn.Parameter]:
     """Make DistributedDataParallel leave the experts of a model alone, and return them, for FSDP2 to do the same.
 
     Both tools would give every rank the experts of rank 0; without this call both raise instead.
@@ -23,35 +30,99 @@ def parallelize(model: nn.Module, mesh: DeviceMesh | None = None) -> set[nn.Para
         model = DistributedDataParallel(model)                      # one of the two
         fully_shard(model, mesh=mesh, ignored_params=experts)       # also of each submodule
 
+    Where experts are spread over some of the ranks only, and others hold the same experts again, backward of the layers
+    averages their gradients over those others:
+
+        mesh = init_device_mesh("cuda", (D, R), mesh_dim_names=("replicate", "experts"))
+        group = ExpertGroup(mesh["experts"].get_group(), shape)
+        experts = parallelize(model, mesh["experts"], replicate=mesh["replicate"])
+        fully_shard(model, mesh=mesh, ignored_params=experts)       # or DistributedDataParallel(model)
+
     Contract: local; replaces the parameters if ``mesh`` is another than theirs: call it before the optimizer is made,
-    on every rank.
+    and before hooks are registered, on every rank. Gradients and attributes of parameters are kept, and parameters that
+    are one stay one. What DistributedDataParallel was told to ignore before stays ignored.
 
     Args:
         model: A module with any number of `MoELayer`, which may be on the meta device.
-        mesh: One dimension with the ranks of the layers' groups, in their order: the mesh of ``fully_shard``. Clipping
-            and foreach optimizers take parameters of one mesh only. None: the layers keep their own, which is enough
-            for DistributedDataParallel.
+        mesh: One dimension with the ranks of the layers' groups, in their order: the mesh of ``fully_shard``, or a
+            slice of it. Torch's clipping and foreach optimizers take parameters of one mesh only; `clip_grad_norm_` of
+            this module takes any. None: the layers keep their own, which is enough for DistributedDataParallel.
+        replicate: The ranks that hold the same experts as this one, itself included, if the groups of the layers are
+            smaller than the default process group; False: there are none, as where the others are other stages of a
+            pipeline. Layers must not have a `PlacedRouter` then, whose placements differ between groups.
 
     Returns:
-        set[nn.Parameter]: ``expert_parameters`` of all layers.
+        set[nn.Parameter]: ``expert_parameters`` of all layers whose groups have several ranks. Experts that are all on
+        one rank are parameters like others, for the tools to copy or to shard.
 
     Raises:
-        ConfigError: the model has no `MoELayer`, or ``mesh`` has more than one dimension, or other ranks or
-            another device type than the group of one of them.
+        ConfigError: the model has no `MoELayer`; ``mesh`` has more than one dimension, or other ranks or another device
+            type than the group of one of them; ``replicate`` is missing, has more than one dimension, or a group of
+            which this rank is no member, or meets a `PlacedRouter`; or a parameter that is to be replaced has hooks.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
     if not layers:
         raise ConfigError("parallelize: model: expected a module with at least one MoELayer, found none")
+    spread = {name: layer for name, layer in layers.items() if layer.group.num_ranks > 1}
+    for name, layer in layers.items():
+        _check_replicas(name, layer, told=replicate is not None)
+        if replicate and isinstance(layer.router, PlacedRouter):
+            raise ConfigError(
+                f"parallelize: replicate: {name or 'model'!r} has a PlacedRouter, and each group may place its experts "
+                "elsewhere; use one group of all ranks"
+            )
+    replicas = _replicas(replicate)
     if mesh is not None:
-        for name, layer in layers.items():
+        for name, layer in spread.items():
             _check_mesh(mesh, name, layer)
-        for layer in layers.values():
-            layer.place_experts(mesh)
-    experts = {parameter for layer in layers.values() for parameter in layer.expert_parameters()}
-    names = [name for name, parameter in model.named_parameters() if parameter in experts]
+            check_hooks(layer.experts, mesh)
+        known: dict[nn.Parameter, nn.Parameter] = {}
+        for layer in spread.values():
+            layer.place_experts(mesh, known)
+    for layer in layers.values():
+        layer.replicas = replicas
+    experts = {parameter for layer in spread.values() for parameter in layer.expert_parameters()}
+    # It asks by both kinds of names, which differ where torch's wrappers are.
+    names = {
+        name
+        for named in (dict(model.named_parameters()), by_place(model))
+        for name, parameter in named.items()
+        if parameter in experts
+    }
+    names.update(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
     ignore = nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
-    ignore(model, names)  # type: ignore[no-untyped-call]
+    ignore(model, sorted(names))  # type: ignore[no-untyped-call]
     return experts
+
+
+def _check_replicas(name: str, layer: MoELayer, *, told: bool) -> None:
+    """Raise ConfigError if there are ranks outside of the group of a layer, and nobody has said what they hold."""
+    num_ranks, all_ranks = layer.group.num_ranks, dist.get_world_size() if dist.is_initialized() else 1
+    if num_ranks < all_ranks and not told:
+        raise ConfigError(
+            f"parallelize: replicate: the group of {name or 'model'!r} has {num_ranks} of {all_ranks} ranks; pass the "
+            "ranks that hold the same experts as this one, e.g. replicate=mesh['replicate'], or replicate=False if "
+            "there are none"
+        )
+
+
+def _replicas(replicate: DeviceMesh | dist.ProcessGroup | Literal[False] | None) -> Replicas | None:
+    """Return the ranks that hold the same experts, or None if no other does."""
+    if replicate is None or replicate is False:
+        return None
+    if not isinstance(replicate, dist.ProcessGroup):
+        if getattr(replicate, "ndim", 1) != 1:
+            raise ConfigError(
+                f"parallelize: replicate: expected one dimension, got {list(replicate.shape)}; pass a slice of the "
+                "mesh, e.g. mesh['replicate']"
+            )
+        if not hasattr(replicate, "get_group"):
+            got = type(replicate).__name__
+            raise ConfigError(f"parallelize: replicate: expected a mesh, a process group, False or None, got {got}")
+        replicate = replicate.get_group()
+    if replicate.rank() < 0:
+        raise ConfigError("parallelize: replicate: this rank is no member of the process group; pass its own")
+    return Replicas(replicate) if replicate.size() > 1 else None
 
 
 def _check_mesh(mesh: DeviceMesh, name: str, layer: MoELayer) -> None:
@@ -61,7 +132,8 @@ def _check_mesh(mesh: DeviceMesh, name: str, layer: MoELayer) -> None:
             f"parallelize: mesh: expected one dimension, got {list(mesh.shape)}; pass a slice of it, e.g. mesh['ep']"
         )
     got = mesh.mesh.tolist()
-    want = [dist.get_rank()] if group.process_group is None else dist.get_process_group_ranks(group.process_group)
+    assert group.process_group is not None  # of several ranks
+    want = dist.get_process_group_ranks(group.process_group)
     if got != want:
         raise ConfigError(
             f"parallelize: mesh: expected the ranks {want} of the group of {name or 'model'!r}, got {got}; make the "

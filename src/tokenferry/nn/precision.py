@@ -8,6 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+NARROW = (torch.bfloat16, torch.float16)
+"""Dtypes narrower than float32 in which models compute."""
+
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """Return the dtype in which torch.autocast computes products; None if it is off."""

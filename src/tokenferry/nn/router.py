@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from tokenferry.errors import ConfigError, ShapeError
 from tokenferry.nn.capacity import limited
 from tokenferry.nn.losses import RouterLosses, load_balance_loss, z_loss
 from tokenferry.nn.options import RouterOptions
-from tokenferry.nn.precision import product
+from tokenferry.nn.precision import NARROW, product
 from tokenferry.nn.recomputing import recomputing
 from tokenferry.nn.seeds import ROUTER_STREAM, generator, normal
 from tokenferry.nn.sharding import fill
@@ -143,8 +144,8 @@ class Router(nn.Module):
         Local; differentiable. Every rank holds a copy: average its gradient over the ranks, as a replicated parameter.
         Computes in float32 (float64 rows: float64), whatever the dtype of the rows and of the weight, and even under
             torch.autocast, in backward too. `torch.set_float32_matmul_precision` applies, as to all float32 products.
-        Made in float32, whatever torch's default dtype, on torch's default device; `.to()` moves and casts it. A seed
-            gives the same bits on every device.
+        Made in float32, whatever torch's default dtype, on torch's default device; `.to()` moves it, and casts it but
+            for its bias. A seed gives the same bits on every device.
 
     Args:
         hidden: Hidden size, H.
@@ -158,6 +159,7 @@ class Router(nn.Module):
     Attributes:
         weight: ``[E, H]`` float32 parameter.
         bias: ``[E]`` float32 buffer, initially zero, or None with softmax; `update_bias` changes it, gradients do not.
+            It stays float32 if the router is cast to a narrower dtype, in which small steps would be lost.
         losses: The auxiliary losses of the last forward, with their graph; `auxiliary_losses` takes them. None before
             it, and without ``RouterOptions.losses``. With sigmoid scores, probabilities are the scores divided by their
             sum, as in the sequence-wise loss of DeepSeek-V3. A copy of the router does not have them.
@@ -256,6 +258,13 @@ class Router(nn.Module):
             return logits.masked_fill(masked, 0.0).softmax(dim=1)
         scores = logits.sigmoid()
         return scores / _divisor(scores)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        bias = self.bias
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if bias is not None and self.bias is not None and self.bias.dtype in NARROW:
+            self.bias = bias.to(self.bias.device)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy has: not the losses, since torch copies no tensor with a graph."""

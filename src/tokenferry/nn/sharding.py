@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+
+from tokenferry.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -31,18 +35,83 @@ def sharded(part: Tensor, mesh: DeviceMesh) -> Tensor:
     return DTensor.from_local(part, mesh, [Shard(0)], run_check=False)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Replicas:
+    """The ranks that hold the same experts as this one, each in a group of its own: data parallelism of experts.
+
+    Attributes:
+        group: These ranks.
+    """
+
+    group: dist.ProcessGroup
+
+    @property
+    def num(self) -> int:
+        """How many they are."""
+        return self.group.size()
+
+    @property
+    def name(self) -> str:
+        """The name of their process group."""
+        return self.group.group_name
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Replicas:
+        return self  # so that copies of a model, such as a moving average, share it
+
+
+def by_place(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of a module by their places among its modules, each once.
+
+    `named_parameters` of torch's wrappers leaves the wrapper out of the names.
+    """
+    found: dict[str, nn.Parameter] = {}
+    seen = set[nn.Parameter]()
+    for place, part in module.named_modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            if parameter not in seen:
+                seen.add(parameter)
+                found[f"{place}.{name}" if place else name] = parameter
+    return found
+
+
+def check_hooks(module: nn.Module, mesh: DeviceMesh) -> None:
+    """Raise ConfigError if `shard_parameters` would lose hooks of a parameter. Local."""
+    for name, parameter in by_place(module).items():
+        hooks = [getattr(parameter, kind, None) for kind in ("_backward_hooks", "_post_accumulate_grad_hooks")]
+        if any(hooks) and getattr(parameter, "device_mesh", None) != mesh:
+            raise ConfigError(
+                f"experts: {name}: has hooks, and would be replaced by a parameter without them; register them "
+                "afterwards"
+            )
+
+
 @torch.no_grad()
-def shard_parameters(module: nn.Module, mesh: DeviceMesh) -> None:
-    """Replace the parameters of a module by DTensors, of which they are the part of this rank of the mesh. Local."""
-    known: dict[int, nn.Parameter] = {}
+def shard_parameters(
+    module: nn.Module, mesh: DeviceMesh, known: dict[nn.Parameter, nn.Parameter] | None = None
+) -> None:
+    """Replace the parameters of a module by DTensors, of which they are the part of this rank of the mesh. Local.
+
+    Args:
+        module: The module.
+        mesh: The mesh.
+        known: Parameters that were replaced already, also in other modules, by what: those that are one stay one.
+
+    Raises:
+        ConfigError: a parameter has hooks, which would be lost; nothing of the module was replaced.
+    """
+    known = {} if known is None else known
+    check_hooks(module, mesh)
     for part in module.modules():
         for name, old in part.named_parameters(recurse=False):
             if getattr(old, "device_mesh", None) == mesh:
                 continue
-            if id(old) not in known:  # parameters that are one stay one
-                whole = sharded(local_part(old).detach(), mesh)
-                known[id(old)] = nn.Parameter(whole, requires_grad=old.requires_grad)
-            setattr(part, name, known[id(old)])
+            if old not in known:
+                new = nn.Parameter(sharded(local_part(old).detach(), mesh), requires_grad=old.requires_grad)
+                if old.grad is not None:
+                    new.grad = sharded(local_part(old.grad), mesh)
+                new.__dict__.update(old.__dict__)  # attributes that somebody has given it
+                known[old] = new
+            setattr(part, name, known[old])
 
 
 def local_part(parameter: Tensor) -> Tensor:
@@ -59,11 +128,15 @@ def local_with_gradient(parameter: nn.Parameter) -> Tensor:
     return part
 
 
-def averaged_gradient(weight: Tensor, num_ranks: int) -> Tensor:
-    """Return ``weight``; in backward its gradient, a sum over ranks, is divided by their number."""
+def averaged_gradient(weight: Tensor, num_ranks: int, replicas: Replicas | None = None) -> Tensor:
+    """Return ``weight``; in backward its gradient, a sum over ranks, becomes the mean over them and over replicas.
+
+    Contract: backward is collective over the replicas, if there are any.
+    """
     if num_ranks == 1:
         return weight
-    out: Tensor = _AveragedGradient.apply(weight, num_ranks)  # type: ignore[no-untyped-call]
+    name, num = ("", 1) if replicas is None else (replicas.name, replicas.num)
+    out: Tensor = _AveragedGradient.apply(weight, num_ranks * num, name)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -91,19 +164,44 @@ class _Context(Protocol):
     """The state that forward saves for backward."""
 
     num_ranks: int
+    replicas: str
 
 
 class _AveragedGradient(torch.autograd.Function):
+    """Divide the gradient by ``num_ranks``, and add up those of ``replicas``, a process group, unless that is empty."""
+
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(weight: Tensor, num_ranks: int) -> Tensor:
+    def forward(weight: Tensor, num_ranks: int, replicas: str) -> Tensor:
         return weight.view_as(weight)
 
     @staticmethod
     def setup_context(ctx: _Context, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.num_ranks = inputs
+        _, ctx.num_ranks, ctx.replicas = inputs
+
+    @staticmethod
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None, None]:
+        mean = grad / ctx.num_ranks
+        if ctx.replicas:
+            mean = _Sum.apply(mean, ctx.replicas)  # type: ignore[no-untyped-call]
+        return mean, None, None
+
+
+class _Sum(torch.autograd.Function):
+    """Add up a tensor over a process group; in backward its gradient likewise. torch.compile knows these operators."""
+
+    @staticmethod
+    def forward(x: Tensor, replicas: str) -> Tensor:
+        operators = torch.ops._c10d_functional
+        total: Tensor = operators.wait_tensor(operators.all_reduce(x.contiguous(), "sum", replicas))
+        return total
+
+    @staticmethod
+    def setup_context(ctx: _Context, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.replicas = inputs
 
     @staticmethod
     def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None]:
-        return grad / ctx.num_ranks, None
+        total: Tensor = _Sum.apply(grad, ctx.replicas)  # type: ignore[no-untyped-call]
+        return total, None
