@@ -76,6 +76,8 @@ class Checks:
             ShapeError: names the argument, what was expected and found, what set a size, and the remedy.
         """
         letters = dims.split()
+        if isinstance(value, Tensor):
+            check_dense(self.call, name, value)
         if (
             not isinstance(value, Tensor)
             or not _same_device(value.device, self.device)
@@ -89,8 +91,6 @@ class Checks:
                 self._sizes[letter] = _Size(size, name)
             elif known.value != size:
                 raise self._wrong_size(name, value, letters, dtypes, letter)
-        if value.layout is not torch.strided:
-            raise ShapeError(f"{self.call}: {name}: expected a dense tensor, got {value.layout}; call .to_dense()")
         if contiguous and not value.is_contiguous():
             raise ShapeError(
                 f"{self.call}: {name}: must be contiguous, got strides {value.stride()}; call .contiguous()"
@@ -200,19 +200,48 @@ def check_flags(call: str, **flags: object) -> None:
             raise ArgumentError(f"{call}: {name}: expected True or False, got {got}")
 
 
+def check_dense(call: str, name: str, tensor: Tensor) -> None:
+    """Raise ShapeError unless a tensor has a shape, and numbers that lie at its strides."""
+    if tensor.is_nested:
+        found, remedy = "a nested one", "pass rows of one length, such as those of .to_padded_tensor(0.0)"
+    elif tensor.layout is not torch.strided:
+        found, remedy = str(tensor.layout), "call .to_dense()"
+    elif tensor.is_quantized:
+        found, remedy = str(tensor.dtype), "call .int_repr(), or .dequantize()"
+    else:
+        return
+    raise ShapeError(f"{call}: {name}: expected a dense tensor, got {found}; {remedy}")
+
+
+def check_plain(call: str, name: str, value: object) -> None:
+    """Raise ShapeError for a tensor whose memory does not hold its values, so that its bytes cannot be sent."""
+    if not isinstance(value, Tensor):
+        return
+    check_dense(call, name, value)
+    if value.is_neg() or value.is_conj():
+        raise ShapeError(
+            f"{call}: {name}: expected a tensor whose memory holds its values, got one that is negated or "
+            "conjugated when it is read; call .resolve_neg() or .resolve_conj()"
+        )
+
+
 def fits(value: object, shape: tuple[int, ...], dtypes: Container[torch.dtype], device: torch.device) -> bool:
     """Return whether `Checks` would certainly accept a contiguous tensor; takes a quarter of a microsecond.
 
     False only means that `Checks` has to decide: it also accepts the rarer valid cases, and has the messages.
     """
-    return (
-        type(value) is Tensor
-        and value.shape == shape
-        and value.dtype in dtypes
-        and value.device == device
-        and value.is_contiguous()
-        and not (value.requires_grad and torch.is_grad_enabled())
-    )
+    try:
+        return (
+            type(value) is Tensor
+            and value.shape == shape
+            and value.dtype in dtypes
+            and value.device == device
+            and value.layout is torch.strided
+            and value.is_contiguous()
+            and not (value.requires_grad and torch.is_grad_enabled())
+        )
+    except RuntimeError:  # a nested tensor has no shape
+        return False
 
 
 def _same_device(one: torch.device, other: torch.device) -> bool:

@@ -31,7 +31,8 @@ def resolve_options(
     num_ranks = check_group(group)
     settings = env.read()
     timeout_s = settings.timeout_s if timeout_s is None else timeout_s
-    if not isinstance(timeout_s, int | float) or not 0 < timeout_s <= env.MAX_TIMEOUT_S:
+    is_number = isinstance(timeout_s, int | float) and not isinstance(timeout_s, bool)
+    if not is_number or not 0 < timeout_s <= env.MAX_TIMEOUT_S:
         raise ConfigError(
             f"ExpertGroup: timeout_s: expected a number of seconds above 0, at most {env.MAX_TIMEOUT_S}, got "
             f"{timeout_s!r}"

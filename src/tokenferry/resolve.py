@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from tokenferry.backends.base import (
     Encoding,
     RedispatchRequest,
 )
-from tokenferry.checks import FLOATS, INDICES, ROW_BYTES_MULTIPLE, Checks, NodeLimit, check_flags, fits
+from tokenferry.checks import FLOATS, INDICES, ROW_BYTES_MULTIPLE, Checks, NodeLimit, check_flags, check_plain, fits
 from tokenferry.errors import ArgumentError, PlanError, ShapeError
 from tokenferry.topology import Topology, node_of_ranks
 from tokenferry.types import (
@@ -69,6 +69,7 @@ class Resolver:
         self, x: Tensor | Quantized, routing: Routing, options: DispatchOptions | None, num_sms: int | None
     ) -> DispatchRequest:
         """See `ExpertGroup.dispatch`."""
+        _check_plain("dispatch", x=x, routing=routing)
         if self.dispatch_looks_right(x, routing, options):
             if not self.checks_routing:
                 self._check_choices(self._checks("dispatch"), routing)
@@ -90,6 +91,7 @@ class Resolver:
         self, x: Tensor | Quantized, plan: Plan, topk_weights: Tensor | None, num_sms: int | None
     ) -> RedispatchRequest:
         """See `ExpertGroup.redispatch`."""
+        _check_plain("redispatch", x=x, topk_weights=topk_weights)
         self._check_plan("redispatch", plan, Plan)
         if self.rows_look_right(x, plan.num_tokens) and (
             topk_weights is None or fits(topk_weights, (plan.num_tokens, plan.topk_idx.shape[1]), _WEIGHTS, self.device)
@@ -114,6 +116,7 @@ class Resolver:
         num_sms: int | None,
     ) -> CombineRequest:
         """See `ExpertGroup.combine`."""
+        _check_plain("combine", y=y, topk_weights=topk_weights, bias=bias, out=out)
         self._check_plan("combine", plan, Plan)
         biases = () if bias is None else bias if isinstance(bias, tuple) else (bias,)
         sums = biases if out is None else (*biases, out)
@@ -149,6 +152,7 @@ class Resolver:
         self, x: Tensor, routing: Routing, quantize: Scale | None, stats: DecodeStats | None, *, return_hook: bool
     ) -> DecodeDispatchRequest:
         """See `ExpertGroup.decode_dispatch`."""
+        _check_plain("decode_dispatch", x=x, routing=routing, stats=stats)
         if type(return_hook) is not bool:
             check_flags("decode_dispatch", return_hook=return_hook)
         if (stats is None or self.stats_look_right(stats)) and self.decode_dispatch_looks_right(x, routing, quantize):
@@ -186,6 +190,7 @@ class Resolver:
         if type(return_hook) is not bool:
             check_flags("decode_combine", return_hook=return_hook)
         self._check_plan("decode_combine", plan, DecodePlan)
+        _check_plain("decode_combine", y=y, out=out, stats=stats, **{"plan.topk_weights": plan.topk_weights})
         fast = numerics == "fast"
         if (
             stats is None
@@ -348,6 +353,26 @@ class Resolver:
                 f"{call}: plan: it was made by group {plan.group_key}, this is group {self.group_key}; "
                 "use the group that dispatched"
             )
+
+
+def _check_plain(call: str, **arguments: object) -> None:
+    """Raise ShapeError for a tensor whose memory does not hold its values; other checks say what else is wrong.
+
+    The fast path of a backend leaves this out: it would cost a twentieth of a call.
+    """
+    for name, value in arguments.items():
+        for part, one in _parts(name, value).items():
+            check_plain(call, part, one)
+
+
+def _parts(name: str, value: object) -> dict[str, object]:
+    """Return what an argument holds, by the names that errors have for it."""
+    if isinstance(value, tuple):
+        return {f"{name}[{i}]": one for i, one in enumerate(value)}
+    if isinstance(value, Routing | Quantized | DecodeStats):
+        start = "" if isinstance(value, Routing) else f"{name}."
+        return {start + part.name: getattr(value, part.name) for part in fields(value)}
+    return {name: value}
 
 
 def _node_limit(shape: MoeShape, topology: Topology) -> NodeLimit | None:

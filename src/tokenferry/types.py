@@ -15,6 +15,10 @@ A      expert alignment, in rows
 ====== =====================================================================================
 
 *row*: the data of one token in one place. *plan*: a record of where a dispatch sent its rows; combine needs it.
+
+A result shares tensors with its plan, and so with later results along the same plan: ``topk_idx``, ``expert_counts``
+and ``expert_offsets``. While the plan is in use they must not be changed in place, but as a copy: later calls along it
+would go wrong silently. The rows of a result and their weights may be overwritten.
 """
 
 from __future__ import annotations
@@ -46,6 +50,9 @@ Numerics = Literal["exact", "fast"]
 
 EncodingName = Literal["same", "fp8", "logfmt10"]
 """``ExpertGroup.decode_combine(encoding=...)``."""
+
+MAX_SIZE = 2**31 - 1
+"""The largest number that a size, an alignment or a capacity may be: kernels and messages count in 32 bits."""
 
 
 class Layout(enum.Enum):
@@ -92,7 +99,7 @@ class MoeShape:
             one node it has no effect.
 
     Raises:
-        ConfigError: a size is not a positive integer.
+        ConfigError: a size is not a positive integer, or above 2147483647.
     """
 
     num_experts: int
@@ -104,17 +111,19 @@ class MoeShape:
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "top_k", "hidden", "max_tokens"):
-            value = getattr(self, name)
-            if not _positive(value):
-                raise ConfigError(f"MoeShape: {name}: expected a positive integer, got {value!r}")
+            _check_positive(f"MoeShape: {name}", getattr(self, name))
         for name in ("max_nodes", "node_slots"):
             value = getattr(self, name)
-            if value is not None and not _positive(value):
-                raise ConfigError(f"MoeShape: {name}: expected a positive integer or None, got {value!r}")
+            if value is not None:
+                _check_positive(f"MoeShape: {name}", value, " or None")
 
 
-def _positive(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def _check_positive(what: str, value: object, or_none: str = "") -> None:
+    """Raise ConfigError unless ``value`` is an integer from 1 to `MAX_SIZE`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{what}: expected a positive integer{or_none}, got {value!r}")
+    if value > MAX_SIZE:
+        raise ConfigError(f"{what}: expected at most {MAX_SIZE}, got {value}")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -175,7 +184,7 @@ class DispatchOptions(_Remembers):
             Below the worst case an overflow raises `CapacityError` on every rank.
 
     Raises:
-        ConfigError: the options contradict each other.
+        ConfigError: the options contradict each other, or a number is not a positive integer up to 2147483647.
     """
 
     layout: Layout = Layout.ROWS
@@ -198,8 +207,7 @@ class DispatchOptions(_Remembers):
             raise ConfigError(f"DispatchOptions: layout: expected a Layout, got {self.layout!r}; e.g. Layout.EXPERTS")
         if self.counts not in ("host", "device"):
             raise ConfigError(f'DispatchOptions: counts: expected "host" or "device", got {self.counts!r}')
-        if not isinstance(self.alignment, int) or self.alignment < 1:
-            raise ConfigError(f"DispatchOptions: alignment: expected a positive integer, got {self.alignment!r}")
+        _check_positive("DispatchOptions: alignment", self.alignment)
         if self.alignment != 1 and self.layout is not Layout.EXPERTS:
             raise ConfigError(f"DispatchOptions: alignment={self.alignment} needs Layout.EXPERTS, got {self.layout}")
         if not isinstance(self.zero_padding, bool):
@@ -208,8 +216,8 @@ class DispatchOptions(_Remembers):
             raise ConfigError(
                 "DispatchOptions: zero_padding needs Layout.EXPERTS or Layout.MASKED; Layout.ROWS has no padding"
             )
-        if self.capacity is not None and (not isinstance(self.capacity, int) or self.capacity < 1):
-            raise ConfigError(f"DispatchOptions: capacity: expected a positive integer or None, got {self.capacity!r}")
+        if self.capacity is not None:
+            _check_positive("DispatchOptions: capacity", self.capacity, " or None")
         if self.capacity is not None and self.counts == "host" and self.layout is not Layout.MASKED:
             raise ConfigError(
                 'DispatchOptions: capacity with counts="host" needs Layout.MASKED; the others return exactly N rows'
@@ -275,6 +283,9 @@ class Plan:
 @dataclass(frozen=True, slots=True, eq=False)
 class Dispatched(Generic[Rows_co]):
     """The result of `dispatch` and `redispatch`: ``Dispatched[Tensor]`` or ``Dispatched[Quantized]``, after its rows.
+
+    ``topk_idx``, ``expert_counts`` and ``expert_offsets`` are shared with the plan, and must not be changed in place
+    while it is in use: later calls along it would go wrong silently. ``x`` and ``topk_weights`` may be overwritten.
 
     Attributes:
         x: The rows in the requested layout, a Tensor or a `Quantized` like the input.
@@ -380,8 +391,8 @@ class DecodeDispatched(Generic[Rows_co]):
         expert_counts: ``[L]`` int32: rows of each local expert.
         plan: The plan to pass to `decode_combine`.
         hook: With ``return_hook=True``, a function that receives the rows; otherwise it does nothing. It may be called
-            on any stream; further calls have no effect. If it is never called, a later call receives the rows, or they
-            are not received at all.
+            on any stream; further calls have no effect. If it is called late or never, later calls go on, and take no
+            more memory for it than its own rows; once nobody holds the hook any more, the rows are dropped.
     """
 
     x: Rows_co

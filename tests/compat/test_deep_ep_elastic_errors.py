@@ -13,7 +13,7 @@ import torch
 
 from tokenferry import api
 from tokenferry.compat import deep_ep
-from tokenferry.compat.deep_ep import ElasticBuffer, EPHandle
+from tokenferry.compat.deep_ep import ElasticBuffer, EPBuffer, EPHandle
 from tokenferry.errors import (
     ArgumentError,
     CapacityError,
@@ -80,6 +80,15 @@ BAD_DISPATCH = [
     ({"do_zero_padding": True}, ArgumentError, "do_zero_padding: only rows by expert have padding"),
     ({"cumulative_local_expert_recv_stats": STATS[:2]}, ShapeError, "cumulative_local_expert_recv_stats"),
     ({"cumulative_local_expert_recv_stats": STATS.long()}, ShapeError, "cumulative_local_expert_recv_stats"),
+    (
+        {"cumulative_local_expert_recv_stats": STATS[:1].expand(E)},
+        ShapeError,
+        "cumulative_local_expert_recv_stats: expected a counter for each of 4 experts, got one that is expanded",
+    ),
+    ({"num_max_tokens_per_rank": 2**70}, ArgumentError, "num_max_tokens_per_rank: .* at most 2147483647"),
+    ({"num_experts": 2**70}, ArgumentError, "num_experts: expected an integer of at most 2147483647"),
+    ({"expert_alignment": 2**70, "do_expand": True}, ArgumentError, "expert_alignment: .* at most 2147483647"),
+    ({"x": (FP8, torch.ones(T, 1).to_sparse())}, ShapeError, r"x\[1\]: expected a dense tensor"),
 ]
 
 
@@ -171,6 +180,22 @@ BAD_BUFFERS = [
 def test_the_constructor_refuses(arguments, error, message):
     with pytest.raises(error, match=message):
         ElasticBuffer(None, **arguments)
+
+
+@pytest.mark.parametrize("kind", [ElasticBuffer, EPBuffer])
+@pytest.mark.parametrize("how", [{}, {"async_with_compute_stream": True}], ids=["synchronous", "asynchronous"])
+def test_counters_may_come_from_inference_mode(kind, how):
+    """And have gaps between them. Both were refused, or raised by torch, after the rows had been sent."""
+    buffer = kind(None, num_max_tokens_per_rank=M, hidden=H)
+    with torch.inference_mode():
+        counters = [torch.zeros(E, dtype=torch.int32), torch.zeros(E, 2, dtype=torch.int32)[:, 0]]
+    for stats in (*counters, STATS.clone(), STATS.repeat(2)[::2]):
+        for times in (1, 2):
+            dispatch(buffer, cumulative_local_expert_recv_stats=stats, **how)
+            assert stats.tolist() == [2 * times, times, times, times]
+    with torch.inference_mode():
+        dispatch(buffer, cumulative_local_expert_recv_stats=stats, **how)
+    assert stats.tolist() == [6, 3, 3, 3]
 
 
 def test_a_dispatch_needs_m_if_the_constructor_got_none():

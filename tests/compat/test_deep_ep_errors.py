@@ -81,6 +81,10 @@ BAD_DISPATCH = [
     ({"expert_alignment": 0}, ArgumentError, "expert_alignment"),
     ({"num_worst_tokens": -1}, ArgumentError, "num_worst_tokens"),
     ({"num_worst_tokens": 2}, CapacityError, "2"),
+    ({"expert_alignment": 2**70}, ArgumentError, "expert_alignment: expected an integer of at most 2147483647"),
+    ({"num_worst_tokens": 2**70}, ArgumentError, "num_worst_tokens: expected an integer of at most 2147483647"),
+    ({"x": X.to_sparse()}, ShapeError, r"x: .*torch\.sparse_coo"),
+    ({"x": (X, torch.ones(T, 1).to_sparse())}, ShapeError, r"x\[1\]: expected a dense tensor, got torch\.sparse_coo"),
     (
         {"topk_idx": None, "topk_weights": None, "num_worst_tokens": 8},
         ArgumentError,
@@ -151,6 +155,8 @@ BAD_LL_DISPATCH = [
     ({"x": X[:2]}, ShapeError, "topk_idx"),
     ({"topk_idx": IDX + 1}, RoutingError, "topk_idx"),
     ({"num_max_dispatch_tokens_per_rank": 2}, CapacityError, "T=3 rows exceed num_max_dispatch_tokens_per_rank=2"),
+    ({"num_max_dispatch_tokens_per_rank": 2**70}, ArgumentError, "dispatch_tokens_per_rank: .* at most 2147483647"),
+    ({"num_experts": 2**70}, ArgumentError, "num_experts: expected an integer of at most 2147483647"),
     ({"cumulative_local_expert_recv_stats": torch.zeros(E)}, ShapeError, "cumulative_local_expert_recv_stats"),
     ({"dispatch_wait_recv_cost_stats": torch.zeros(1, 1)}, ShapeError, "dispatch_wait_recv_cost_stats"),
     ({"use_ue8m0": True}, ArgumentError, "use_ue8m0: needs round_scale"),
@@ -166,6 +172,20 @@ def test_low_latency_dispatch_refuses(buffer, change, error, message):
     with pytest.raises(error, match=message):
         buffer.low_latency_dispatch(**(good | change))
     check_usable(buffer)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ((2**32, 2**32), r"\[4294967296, 4294967296\] at offset=0 would end at byte 18446744073709551616"),
+        ([2**70], r"size\[0\]: expected an integer of at most 9223372036854775807"),
+        ([2**62], "would end at byte 4611686018427387904 of num_nvl_bytes=64"),
+    ],
+)
+def test_a_view_of_a_buffer_is_no_larger_than_the_buffer(buffer, size, message):
+    with pytest.raises(ArgumentError, match=rf"get_local_buffer_tensor: .*{message}"):
+        buffer.get_local_buffer_tensor(torch.uint8, size)
+    assert buffer.get_local_buffer_tensor(torch.uint8, [4, 16]).shape == (4, 16)
 
 
 Y = torch.zeros(E, M, H, dtype=torch.bfloat16)

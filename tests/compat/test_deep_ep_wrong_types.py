@@ -21,6 +21,12 @@ WEIGHTS = torch.ones(T, K, dtype=torch.float32, device="cpu")
 TENSOR = torch.zeros(2, dtype=torch.float32, device="cpu")
 
 OTHERS = (2.5, "x", (), [1], object(), TENSOR, EventHandle(), EventOverlap(EventHandle()), Config(20), print)
+NOT_DENSE = {
+    "sparse": torch.Tensor.to_sparse,
+    "of oneDNN": torch.Tensor.to_mkldnn,
+    "nested": lambda right: torch._nested_tensor_from_tensor_list(list(right)),
+}
+"""Tensors of the right dtype and number of dimensions that have no strides, or no shape."""
 HINTS = {
     *("allow_hybrid_mode", "allow_mnnvl", "deterministic", "prefer_overlap_with_compute", "use_fabric"),
     *("use_fp8_dispatch", "ExpertBuffer.get_buffer_size_hint.allow_multiple_reduction", "sequential", "extra_tensors"),
@@ -139,6 +145,23 @@ def test_what_is_of_another_kind_is_refused_by_name():
                 said = refusal(call, right | {argument.name: other})
                 is_fine = argument.name in said if said else anything or isinstance(other, takes)
                 assert is_fine, f"{call.__qualname__}({argument.name}={other!r}): {said}"
+        calls.check_usable()
+
+
+@pytest.mark.filterwarnings("ignore")  # torch says that nested tensors are new
+@pytest.mark.parametrize("kind", NOT_DENSE)
+def test_a_tensor_that_is_not_dense_is_refused_by_name(kind):
+    calls = Calls()
+    for call, right in calls.all:
+        for name, value in right.items():
+            if not isinstance(value, torch.Tensor) or value.ndim != 2:
+                continue
+            try:
+                other = NOT_DENSE[kind](value)
+            except RuntimeError:  # oneDNN has none of this dtype
+                continue
+            said = refusal(call, right | {name: other})
+            assert name in (said or ""), f"{call.__qualname__}({name}): {said}"
         calls.check_usable()
 
 

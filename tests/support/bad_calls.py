@@ -134,6 +134,11 @@ BAD: dict[str, tuple[Call, type[Exception], tuple[str, ...]]] = {
         ShapeError,
         ("x.scale:", "NoneType", "torch.Tensor"),
     ),
+    "scale is sparse": (
+        dispatch(x=Quantized(wide(3, 16, dtype=torch.uint8), wide(3, 1).to_sparse())),
+        ShapeError,
+        ("dispatch: x.scale: expected a dense tensor, got torch.sparse_coo; call .to_dense()",),
+    ),
     "quantized rows require grad": (
         dispatch(x=lambda g: Quantized(g.x.clone().requires_grad_(), wide(3, 1))),
         ArgumentError,
@@ -369,6 +374,7 @@ BAD: dict[str, tuple[Call, type[Exception], tuple[str, ...]]] = {
     "a group without a shape": (open_group({"num_experts": 4}), ConfigError, ("shape:", "MoeShape", "dict")),
     "a group without time": (open_group(timeout_s=0), ConfigError, ("timeout_s:", "above 0", "got 0")),
     "a group with a string as timeout": (open_group(timeout_s="5"), ConfigError, ("timeout_s:", "seconds", "'5'")),
+    "a group with a flag as timeout": (open_group(timeout_s=True), ConfigError, ("timeout_s:", "seconds", "True")),
     "a group with an infinite timeout": (
         open_group(timeout_s=float("inf")),
         ConfigError,

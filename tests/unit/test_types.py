@@ -22,6 +22,16 @@ def test_shape_wants_positive_integers(name, value):
         MoeShape(**sizes)
 
 
+@pytest.mark.parametrize("name", ["num_experts", "top_k", "hidden", "max_tokens", "max_nodes", "node_slots"])
+@pytest.mark.parametrize("value", [2**31, 2**70])
+def test_no_size_exceeds_what_fits_into_32_bits(name, value):
+    """With larger ones a call overflowed after it had begun, and broke the group."""
+    sizes = {"num_experts": 4, "top_k": 2, "hidden": 8, "max_tokens": 16}
+    with pytest.raises(ConfigError, match=f"MoeShape: {name}: expected at most 2147483647, got {value}"):
+        MoeShape(**sizes | {name: value})
+    assert getattr(MoeShape(**sizes | {name: 2**31 - 1}), name) == 2**31 - 1
+
+
 @pytest.mark.parametrize("name", ["max_nodes", "node_slots"])
 @pytest.mark.parametrize("value", [0, -3, 1.0, "8", True])
 def test_limits_across_nodes_are_positive_integers(name, value):
@@ -47,12 +57,18 @@ def test_limits_across_nodes_are_part_of_the_shape(name):
         ({"counts": "gpu"}, r'counts: expected "host" or "device", got \'gpu\''),
         ({"alignment": 0}, r"alignment: expected a positive integer, got 0"),
         ({"alignment": 8.0, "layout": Layout.EXPERTS}, r"alignment: expected a positive integer, got 8\.0"),
+        ({"alignment": True, "layout": Layout.EXPERTS}, r"alignment: expected a positive integer, got True"),
+        ({"alignment": 2**31, "layout": Layout.EXPERTS}, r"alignment: expected at most 2147483647, got 2147483648"),
+        ({"alignment": 2**70, "layout": Layout.EXPERTS}, r"alignment: expected at most 2147483647, got 1180591620717"),
         ({"zero_padding": torch.zeros(2)}, r"zero_padding: expected True or False, got tensor"),
         ({"alignment": 8}, r"alignment=8 needs Layout\.EXPERTS, got Layout\.ROWS"),
         ({"alignment": 2, "layout": Layout.MASKED}, r"alignment=2 needs Layout\.EXPERTS, got Layout\.MASKED"),
         ({"zero_padding": True}, r"zero_padding needs Layout\.EXPERTS or Layout\.MASKED"),
         ({"capacity": 0, "counts": "device"}, r"capacity: expected a positive integer or None, got 0"),
         ({"capacity": "9", "counts": "device"}, r"capacity: expected a positive integer or None, got '9'"),
+        ({"capacity": True, "counts": "device"}, r"capacity: expected a positive integer or None, got True"),
+        ({"capacity": 2**31, "layout": Layout.MASKED}, r"capacity: expected at most 2147483647, got 2147483648"),
+        ({"capacity": 2**70, "counts": "device"}, r"capacity: expected at most 2147483647, got 1180591620717"),
         ({"capacity": 9}, r'capacity with counts="host" needs Layout\.MASKED'),
         ({"capacity": 9, "layout": Layout.EXPERTS}, r'capacity with counts="host" needs Layout\.MASKED'),
     ],

@@ -44,7 +44,7 @@ def _after_the_last(operators: Sequence[OpOverload], lower: Callable[..., object
         graph, known = V.graph, len(V.graph.operations)
         result = lower(*args, **kwargs)
         calls: list[Any] = [one for one in graph.operations if getattr(one, "op_overload", None) in operators]
-        (mine,) = [one for one in graph.operations[known:] if one in calls]
+        (mine,) = [one for one in calls if one in graph.operations[known:]]
         mine.has_side_effects = lambda: True  # as torch marks its own
         if len(calls) > 1:
             graph.additional_buffer_deps[mine.get_operation_name()].add(calls[-2].get_name())

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from tokenferry.bench.core.inputs import FP8_COLUMNS
 from tokenferry.errors import ConfigError
+from tokenferry.types import MAX_SIZE
 
 SIZES = {
     "ranks": "number of ranks, R",
@@ -21,13 +22,13 @@ SIZES = {
 
 
 def positive(text: str) -> int:
-    """Parse an option that has to be a positive integer.
+    """Parse an option that has to be a positive integer, no larger than a size can be.
 
     Raises:
         ValueError: it is not one.
     """
     value = int(text)
-    if value < 1:
+    if not 1 <= value <= MAX_SIZE:
         raise ValueError(text)
     return value
 

@@ -31,6 +31,21 @@ BYTES = ("call", "row bytes", "network out", "network in", "routing out", "NVLin
 TIMES = ("call", "routing", "network", "NVLink", "exposed", "fixed", "whole", "plan kept", "bound by")
 MEMORY = ("family", "rows across", "at most", "counts on device", "rows of a dispatch", "worst case")
 
+OPTIONS = {
+    "Links: network_gbs": "--network-gbs",
+    "Links: nvlink_gbs": "--nvlink-gbs",
+    "Links: network_us": "--network-us",
+    "Gate: skew": "--skew",
+    "DecodeSizes: slots": "--slots",
+    "(tokens)": "(--decode-tokens)",
+    "Case: hidden=": "--hidden ",
+    "Case: top_k=": "--top-k ",
+    'rows="bf16"': "--dtype bf16",
+    "Case: ": "",
+    "Cluster: ": "",
+}
+"""Names in errors of the model, and what stands for them on a command line."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options; the defaults are DeepSeek-V3's sizes on four nodes."""
@@ -79,10 +94,14 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     """Print the estimate."""
     if args.plot is not None:
         need_matplotlib()
-    shape = MoeShape(args.experts, args.top_k, args.hidden, args.tokens)
-    case = Case(Cluster(args.nodes, args.ranks_per_node), shape, _gate(args), args.dtype)
-    links = Links(args.network_gbs, args.nvlink_gbs, args.network_us)
-    decode, sampling = DecodeSizes(args.decode_tokens, args.slots), Sampling(args.samples, args.seed)
+    try:
+        shape = MoeShape(args.experts, args.top_k, args.hidden, args.tokens)
+        case = Case(Cluster(args.nodes, args.ranks_per_node), shape, _gate(args), args.dtype)
+        links = Links(args.network_gbs, args.nvlink_gbs, args.network_us)
+        decode = DecodeSizes(args.decode_tokens, args.slots)
+    except ConfigError as error:
+        raise ConfigError(_in_options(str(error), args)) from error
+    sampling = Sampling(args.samples, args.seed)
     found = estimate(case, links, decode, sampling)
     show(found, screen)
     if args.json is not None:
@@ -115,6 +134,14 @@ def show(found: Estimate, screen: Screen) -> None:
         screen.line()
     for line in _foot(found):
         screen.line(line)
+
+
+def _in_options(text: str, args: argparse.Namespace) -> str:
+    """Return the text of an error with the names of options instead of those of arguments in Python."""
+    groups = "--top-groups" if args.limited_nodes is None else "--limited-nodes"
+    for name, option in {**OPTIONS, "Gate: top_groups": groups}.items():
+        text = text.replace(name, option)
+    return text
 
 
 def _gate(args: argparse.Namespace) -> Gate:

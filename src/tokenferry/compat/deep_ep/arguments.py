@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenferry.checks import FLOATS
+from tokenferry.checks import FLOATS, check_dense
 from tokenferry.compat.deep_ep.config import Config
 from tokenferry.errors import ArgumentError, ShapeError, UnsupportedError
-from tokenferry.types import Quantized
+from tokenferry.types import MAX_SIZE, Quantized
+
+MOST_BYTES = 2**63 - 1
+"""The most bytes that an argument can ask for."""
 
 Rows = Tensor | tuple[Tensor, Tensor]
 """The type of DeepEP's ``x``: rows, or (rows, scales)."""
@@ -53,9 +56,9 @@ def to_native(call: str, x: object, name: str = "x") -> Tensor | Quantized:
         name: What the method calls them.
 
     Raises:
-        ShapeError: ``x`` is neither rows nor (rows, scales).
+        ShapeError: ``x`` is neither rows nor (rows, scales), or they are not dense.
     """
-    if isinstance(x, Tensor) and x.ndim == 2 and x.dtype in FLOATS:  # as nearly always
+    if isinstance(x, Tensor) and x.ndim == 2 and x.dtype in FLOATS and not x.is_nested:  # as nearly always
         return detached(x)
     data, scale = x if isinstance(x, tuple) and len(x) == 2 else (x, None)
     if not isinstance(data, Tensor) or data.ndim != 2 or not isinstance(scale, Tensor | None):
@@ -63,8 +66,10 @@ def to_native(call: str, x: object, name: str = "x") -> Tensor | Quantized:
             f"{call}: {name}: expected a tensor [T, H] or a tuple of rows [T, H] and scales [T, S], got "
             f"{_describe(x)}; reshape the rows to two dimensions"
         )
+    check_dense(call, name, data)
     if scale is None:
         return Quantized(detached(data), data.new_empty((data.shape[0], 0), dtype=torch.float32))
+    check_dense(call, f"{name}[1]", scale)
     scale = detached(scale)
     return Quantized(detached(data), scale.unsqueeze(1) if scale.ndim == 1 else scale)
 
@@ -100,10 +105,12 @@ def _describe(x: Any) -> str:  # noqa: ANN401 - any argument of a user
     return f"({', '.join(_describe(part) for part in x)})" if isinstance(x, tuple) else type(x).__name__
 
 
-def check_integer(call: str, name: str, value: object, least: int) -> None:
-    """Raise ArgumentError unless ``value`` is an integer of at least ``least``."""
+def check_integer(call: str, name: str, value: object, least: int, most: int = MAX_SIZE) -> None:
+    """Raise ArgumentError unless ``value`` is an integer of at least ``least`` and at most ``most``."""
     if type(value) is not int or value < least:
         raise ArgumentError(f"{call}: {name}: expected an integer of at least {least}, got {value!r}")
+    if value > most:
+        raise ArgumentError(f"{call}: {name}: expected an integer of at most {most}, got {value}")
 
 
 def check_sizes(call: str, **sizes: object) -> None:

@@ -40,6 +40,7 @@ float32 rows, T = 0 and T that differs by rank, and any number of results alive 
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -53,7 +54,7 @@ from tokenferry.api import Connected
 from tokenferry.checks import check_flags
 from tokenferry.compat.deep_ep import config as configs
 from tokenferry.compat.deep_ep import throughput
-from tokenferry.compat.deep_ep.arguments import Rows, check_config, check_integer, check_sizes, refuse
+from tokenferry.compat.deep_ep.arguments import MOST_BYTES, Rows, check_config, check_integer, check_sizes, refuse
 from tokenferry.compat.deep_ep.config import Config
 from tokenferry.compat.deep_ep.connect import DEFAULT_QUEUE_PAIRS, LEAST_HEAP_BYTES, Puts, closing, connect
 from tokenferry.compat.deep_ep.low_latency_calls import LowLatencyCalls
@@ -169,8 +170,8 @@ class Buffer(Connected, LowLatencyCalls):
         use_fabric: bool = False,
     ) -> None:
         refuse("Buffer", "make it with a torch.distributed process group", comm=comm)
-        check_integer("Buffer", "num_nvl_bytes", num_nvl_bytes, 0)
-        check_integer("Buffer", "num_rdma_bytes", num_rdma_bytes, 0)
+        check_integer("Buffer", "num_nvl_bytes", num_nvl_bytes, 0, MOST_BYTES)
+        check_integer("Buffer", "num_rdma_bytes", num_rdma_bytes, 0, MOST_BYTES)
         check_integer("Buffer", "num_qps_per_rank", num_qps_per_rank, 0)
         check_flags(
             "Buffer",
@@ -201,7 +202,11 @@ class Buffer(Connected, LowLatencyCalls):
         self.runtime: Runtime | None = Runtime(self._experts)
 
     def destroy(self) -> None:
-        """Free connections and memory; later calls raise ClosedError. Local, idempotent, never blocks.
+        """Free connections and memory; later calls raise ClosedError. Local and idempotent.
+
+        Blocks as `tokenferry.ExpertGroup.close` does: on GPUs until the device has done what was queued; on CPUs over
+        the transport "process_group", between nodes too, for at most 5 s, if peers have yet to make a call that this
+        rank has made with a hook.
 
         Raises:
             ArgumentError: the buffer was made with ``explicitly_destroy=False``.
@@ -280,7 +285,7 @@ class Buffer(Connected, LowLatencyCalls):
         """
         call = "Buffer.get_local_buffer_tensor"
         self._open(call)
-        check_integer(call, "offset", offset, 0)
+        check_integer(call, "offset", offset, 0, MOST_BYTES)
         check_flags(call, use_rdma_buffer=use_rdma_buffer)
         if not isinstance(dtype, torch.dtype):
             raise ArgumentError(f"{call}: dtype: expected a torch.dtype, got {dtype!r}")
@@ -288,15 +293,15 @@ class Buffer(Connected, LowLatencyCalls):
             if not isinstance(size, Sequence):
                 raise ArgumentError(f"{call}: size: expected a torch.Size or None, got {size!r}")
             for place, length in enumerate(size):
-                check_integer(call, f"size[{place}]", length, 0)
+                check_integer(call, f"size[{place}]", length, 0, MOST_BYTES)
         name, have = ("num_nvl_bytes", self.num_nvl_bytes)
         if use_rdma_buffer:
             name, have = ("num_rdma_bytes", self.num_rdma_bytes)
-        shape = torch.Size([(have - offset) // dtype.itemsize]) if size is None else torch.Size(size)
-        end = offset + shape.numel() * dtype.itemsize
+        shape = [(have - offset) // dtype.itemsize] if size is None else list(size)
+        end = offset + math.prod(shape) * dtype.itemsize
         if not 0 <= offset <= end <= have or offset % dtype.itemsize:
             raise ArgumentError(
-                f"{call}: {dtype} {list(shape)} at {offset=} would end at byte {end} of "
+                f"{call}: {dtype} {shape} at {offset=} would end at byte {end} of "
                 f"{name}={have}; ask for less, at a multiple of {dtype.itemsize} bytes, or make a larger Buffer"
             )
         known = self._local.get(use_rdma_buffer)
@@ -397,7 +402,8 @@ class Buffer(Connected, LowLatencyCalls):
             list of ints; handle; event). With a handle: (``recv_x``, None, None, None, None, event). ``handle[0]`` is
             the int32 ``[R, R]`` matrix in which ``[i, rank]`` counts the rows from ranks 0..i; columns of other ranks
             are -1. With several nodes ``handle[-4]`` is this rank's column of it, and ``handle[0]``
-            ``is_token_in_rank``.
+            ``is_token_in_rank``. The handle shares ``recv_topk_idx``: while it is in use, change a copy, not the tensor
+            in place.
 
         Raises:
             ArgumentError: arguments are missing or contradict each other; names them.

@@ -211,7 +211,8 @@ class ElasticBuffer(ExpertBuffer):
             ranks, None if expanded; ``recv_topk_weights`` ``[rows, K]``, 0 for those of other ranks, or expanded
             ``[rows]``, None if none were sent; handle; event). ``rows``: the rows received, by source rank, then token;
             expanded by expert first, each of whose rows begin at a multiple of A. With ``do_cpu_sync=False`` as many
-            as there can be, of which those behind the received ones are undefined.
+            as there can be, of which those behind the received ones are undefined. The handle shares
+            ``recv_topk_idx``: while it is in use, change a copy, not the tensor in place.
 
         Raises:
             ArgumentError: arguments are missing or contradict each other; names them.

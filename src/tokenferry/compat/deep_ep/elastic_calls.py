@@ -87,7 +87,7 @@ def resolved(group: ExpertGroup, rows: Tensor | Quantized, given: Arguments, mos
     topk_idx, E = _required(call, "topk_idx", given.topk_idx), _required(call, "num_experts", given.num_experts)
     M = most_tokens if given.num_max_tokens_per_rank is None else given.num_max_tokens_per_rank
     alignment = 1 if given.expert_alignment is None else given.expert_alignment
-    if type(topk_idx) is not Tensor or topk_idx.ndim != 2:
+    if type(topk_idx) is not Tensor or topk_idx.ndim != 2 or topk_idx.is_nested:
         Checks(call, group.device).given("x", T=T).tensor("topk_idx", topk_idx, "T K", INDICES)
     for name, value in (("num_experts", E), ("expert_alignment", alignment), ("num_max_tokens_per_rank", M)):
         check_integer(call, name, value, 1)
@@ -107,6 +107,11 @@ def resolved(group: ExpertGroup, rows: Tensor | Quantized, given: Arguments, mos
     if stats is not None:
         check = Checks(call, group.device).given("num_experts", L=E // group.num_ranks)
         check.tensor("cumulative_local_expert_recv_stats", stats, "L", (torch.int32,), contiguous=False)
+        if stats.stride(0) == 0 and len(stats) > 1:
+            raise ShapeError(
+                f"{call}: cumulative_local_expert_recv_stats: expected a counter for each of {len(stats)} experts, got "
+                "one that is expanded to all of them; pass a tensor with its own memory for each"
+            )
     return Request(given, topk_idx, E, M, alignment, cpu_sync)
 
 
@@ -196,7 +201,8 @@ def dispatch(views: Views, x: Rows, rows: Tensor | Quantized, request: Request) 
     routing = Routing(index, None if weights is None else detached(weights))
     sent = view.dispatch(rows, routing, options=options, num_sms=_sms(views, given.num_sms))
     if stats is not None:
-        stats.add_(sent.expert_counts)
+        with torch.inference_mode():  # counters may come from it
+            stats.add_(sent.expert_counts)
     handle = EPHandle(sent, request, index.clone() if given.do_handle_copy else index, view)
     received = _in_the_form_of(x, sent, column_major=given.use_tma_aligned_col_major_sf)
     return Received(received, sent.topk_idx, sent.topk_weights, handle)

@@ -36,7 +36,6 @@ from torch import Tensor
 
 from tokenferry.ambient import without_grad
 from tokenferry.api import Connected
-from tokenferry.checks import Checks
 from tokenferry.compat.deep_ep import hybrid_calls as calls
 from tokenferry.compat.deep_ep.arguments import check_integer, detached, height, to_native
 from tokenferry.compat.deep_ep.connect import LEAST_HEAP_BYTES, closing, connect
@@ -187,8 +186,7 @@ class HybridEPBuffer(Connected):
             rows = to_native(DISPATCH, hidden, "hidden")
         else:
             rows = to_native(DISPATCH, (hidden, scaling_factor), "hidden, scaling_factor")
-            check = Checks(DISPATCH, self._experts.device).given("hidden", T=height(rows))
-            check.tensor("scaling_factor", scaling_factor, "T S", None, contiguous=False)
+        calls.check_rows(self._experts, rows, scaling_factor)
         given = calls.Arguments(
             topk_idx=topk_idx,
             topk_weights=topk_weights,

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tokenferry.api import ExpertGroup
-from tokenferry.checks import FLOATS, INDICES, Checks, check_flags
+from tokenferry.checks import FLOATS, INDICES, Checks, check_flags, check_plain
 from tokenferry.compat.deep_ep.arguments import check_integer, detached, width
 from tokenferry.compat.deep_ep.config import MAX_CHOICES, round_up
 from tokenferry.compat.deep_ep.handles import HandleBase
@@ -96,6 +96,20 @@ class Chosen:
 # ---------------------------------------------------------------------- checks
 
 
+def check_rows(group: ExpertGroup, rows: Tensor | Quantized, scale: Tensor | None) -> None:
+    """Check everything about rows and scales here: numbers travel before them, and other ranks would wait for rows.
+
+    Raises:
+        ShapeError: they cannot be sent; names the argument.
+    """
+    check = Checks(DISPATCH, group.device)
+    data, dtypes = (rows.data, None) if isinstance(rows, Quantized) else (rows, FLOATS)
+    check_plain(DISPATCH, "hidden", check.tensor("hidden", data, "T H", dtypes))
+    check.row_bytes("hidden", data)
+    if scale is not None:
+        check_plain(DISPATCH, "scaling_factor", check.tensor("scaling_factor", scale, "T S", None, contiguous=False))
+
+
 def resolved(group: ExpertGroup, num_tokens: int, given: Arguments) -> Chosen:
     """Return the experts of a dispatch without a handle.
 
@@ -117,13 +131,15 @@ def resolved(group: ExpertGroup, num_tokens: int, given: Arguments) -> Chosen:
         index = check.tensor("topk_idx", index, "T K", INDICES).long()
         if group.device.type == "cpu":
             check.experts("topk_idx", index, E)
-        routing_map = spread(torch.ones_like(index, dtype=torch.bool), index, E)
+        routing_map = map_of(index, E)
     _check_num_experts(group, E, given)
     probs = given.probs
     if probs is not None:
         check.given("the experts", E=E).tensor("probs", probs, "T E", _FLOAT32)
     elif given.topk_weights is not None and index is not None:
         probs = spread(detached(check.tensor("topk_weights", given.topk_weights, "T K", _FLOAT32)), index, E)
+    if index is not None:
+        index = _without_repeats(index)
     check_flags(DISPATCH, non_blocking=given.non_blocking)
     if given.num_permuted_tokens is not None:
         check_integer(DISPATCH, "num_permuted_tokens", given.num_permuted_tokens, 1)
@@ -211,11 +227,28 @@ def check_returned(group: ExpertGroup, hidden: Tensor, probs: Tensor | None, han
 # ---------------------------------------------------------------------- calls
 
 
+def map_of(topk_idx: Tensor, num_experts: int) -> Tensor:
+    """Return ``[T, E]`` bool: the experts that a token has chosen."""
+    chosen = torch.zeros(topk_idx.shape[0], num_experts + 1, dtype=torch.bool, device=topk_idx.device)
+    return chosen.scatter_(1, _columns(topk_idx, num_experts), True)[:, :num_experts].contiguous()
+
+
 def spread(values: Tensor, topk_idx: Tensor, num_experts: int) -> Tensor:
-    """Return ``[T, E]`` with ``values`` ``[T, K]`` at the experts of their slots, and zeros elsewhere."""
-    index = torch.where(topk_idx < 0, num_experts, topk_idx.long())
-    table = torch.zeros(index.shape[0], num_experts + 1, dtype=values.dtype, device=values.device)
-    return table.scatter_(1, index, values)[:, :num_experts].contiguous()
+    """Return ``[T, E]``: for each expert the sum of the ``values`` ``[T, K]`` of its slots, 0 without any."""
+    table = torch.zeros(topk_idx.shape[0], num_experts + 1, dtype=values.dtype, device=values.device)
+    return table.scatter_add_(1, _columns(topk_idx, num_experts), values)[:, :num_experts].contiguous()
+
+
+def _columns(topk_idx: Tensor, num_experts: int) -> Tensor:
+    """Return the column of each slot in a table of experts; unused ones have one of their own, the last."""
+    return torch.where(topk_idx < 0, num_experts, topk_idx.long())
+
+
+def _without_repeats(topk_idx: Tensor) -> Tensor:
+    """Return ``[T, K]``: the same experts, each in one slot only, so that its weight is sent once."""
+    index = topk_idx.sort(1).values
+    index[:, 1:].masked_fill_(index[:, 1:] == index[:, :-1], -1)
+    return index
 
 
 def dispatch(
@@ -227,6 +260,7 @@ def dispatch(
     """
     index, routing_map, A = chosen.topk_idx, chosen.routing_map, chosen.alignment
     if index is None:
+        views.of(routing_map.shape[1], 1, width(rows), ANY_NUM_TOKENS)  # says what is wrong before anything is sent
         most = routing_map.sum(1).amax(dim=0, keepdim=True) if len(routing_map) else _zero(views, torch.int64)
         index = _indices(routing_map, max(1, int(_gathered(views, most).amax().item())))
     options = DispatchOptions(Layout.EXPERTS, alignment=A, zero_padding=A > 1)
@@ -254,6 +288,7 @@ def dispatch_into(
     group, A, budget, num_experts = views.group, chosen.alignment, chosen.budget, chosen.routing_map.shape[1]
     assert budget is not None
     top_k = num_experts if group.backend == "cpu" else min(num_experts, MAX_CHOICES)
+    views.of(num_experts, top_k, width(rows), most_tokens)  # says what is wrong before anything is sent
     wanted = chosen.routing_map & (chosen.routing_map.cumsum(1) <= top_k)
     counts = _gathered(views, wanted.sum(0))
     total = counts.sum(0).view(group.num_ranks, -1)

@@ -8,7 +8,7 @@ from torch import Tensor
 from tokenferry.checks import INDICES, Checks
 from tokenferry.compat.deep_ep.arguments import check_integer
 from tokenferry.compat.deep_ep.hybrid import HybridEPBuffer
-from tokenferry.compat.deep_ep.hybrid_calls import spread
+from tokenferry.compat.deep_ep.hybrid_calls import map_of, spread
 
 __all__ = ["HybridEPBuffer", "indices_to_map"]
 
@@ -27,8 +27,8 @@ def indices_to_map(
         num_of_experts: E.
 
     Returns:
-        (``[T, E]`` bool: whether a token has chosen an expert; ``[T, E]`` float32: with which weight, 0 for others, or
-        None).
+        (``[T, E]`` bool: whether a token has chosen an expert; ``[T, E]`` float32: with which weight, the sum if it
+        has chosen it more than once, 0 for others; or None).
 
     Raises:
         ArgumentError: a number is not an integer, or out of range.
@@ -41,7 +41,7 @@ def indices_to_map(
     check.tensor("topk_idx", topk_idx, "T K", INDICES)
     if topk_idx.device.type == "cpu":
         check.experts("topk_idx", topk_idx, num_of_experts)
-    chosen = spread(torch.ones_like(topk_idx, dtype=torch.bool), topk_idx, num_of_experts)
+    chosen = map_of(topk_idx, num_of_experts)
     if topk_weights is None:
         return chosen, None
     check.tensor("topk_weights", topk_weights, "T K", (torch.float32,))

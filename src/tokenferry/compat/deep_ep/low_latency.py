@@ -128,7 +128,12 @@ def dispatch(
         `ExpertGroup.decode_dispatch`.
     """
     max_tokens, num_experts = given.max_tokens, given.num_experts
-    if not (isinstance(x, Tensor) and isinstance(topk_idx, Tensor) and x.ndim == topk_idx.ndim == 2):
+    if not (
+        isinstance(x, Tensor)
+        and isinstance(topk_idx, Tensor)
+        and x.ndim == topk_idx.ndim == 2
+        and not (x.is_nested or topk_idx.is_nested)
+    ):
         _check_dispatch(views.group, x, topk_idx, given)
     hidden = x.shape[1]
     try:

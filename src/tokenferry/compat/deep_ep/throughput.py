@@ -214,6 +214,7 @@ def combine(
     if not (
         type(x) is Tensor
         and x.ndim == 2
+        and not x.is_nested
         and x.shape[0] == plan.num_delivered
         and x.device == device
         and x.is_contiguous()
@@ -317,7 +318,9 @@ def _agreed(views: Views, routing: Routing, given: TokenLayout, num_experts: int
 
 def _looks_like_routing(value: object, device: torch.device) -> bool:
     """Return whether a value is certainly a contiguous ``[T, K]`` of indices; see `fits`."""
-    return isinstance(value, Tensor) and value.ndim == 2 and fits(value, value.shape, INDICES, device)
+    if not isinstance(value, Tensor) or value.ndim != 2 or value.is_nested:
+        return False
+    return fits(value, value.shape, INDICES, device)
 
 
 def _most_tokens(views: Views, num_tokens: int, num_worst_tokens: int, call: str) -> int:
