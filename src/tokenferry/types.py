@@ -391,8 +391,8 @@ class DecodeDispatched(Generic[Rows_co]):
         expert_counts: ``[L]`` int32: rows of each local expert.
         plan: The plan to pass to `decode_combine`.
         hook: With ``return_hook=True``, a function that receives the rows; otherwise it does nothing. It may be called
-            on any stream; further calls have no effect. If it is called late or never, later calls go on, and take no
-            more memory for it than its own rows; once nobody holds the hook any more, the rows are dropped.
+            on any stream; further calls have no effect. If it is never called, a later call receives the rows, or they
+            are dropped. Late or never, it holds up no later call, and takes no memory beyond that of its own rows.
     """
 
     x: Rows_co

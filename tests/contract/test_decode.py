@@ -110,30 +110,8 @@ def test_hooks_may_be_called_in_any_order_and_twice(run, pair, ranks):
     run(pair, ranks, hooks_in_any_order, ranks)
 
 
-def forgotten_hook(rank, pg, pair: Pair) -> None:
-    """Rank 1 never receives its results; all calls of rank 0 work."""
-    case = Case((3, 4), 4, 2, hidden=64)
-    step = Step(case, rank)
-    with pair.open(pg, case.shape) as group:
-        for _ in range(20):
-            sent = group.decode_dispatch(step.mine().x, step.routing(), return_hook=True)
-            if rank == 0:
-                sent.hook()
-                check_received(step, sent, None)
-            del sent
-            check_round_trip(group, case, DispatchOptions())
-        if pair.transport == "shared_memory":
-            assert len(group._backend._exchange.transport._segments) < 6, "each call takes memory of its own for good"
-
-
 def test_plans_work_in_other_views_of_their_group(run, pair):
     run(pair, 3, plans_in_other_views)
-
-
-@pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair.transport != "process_group"], ids=str)
-def test_a_hook_that_is_never_called_disturbs_no_call_over_shared_memory(run, pair):
-    """Not over torch.distributed: there a message that is not received stays in the process group."""
-    run(pair, 2, forgotten_hook)
 
 
 def test_counters_are_added_to(run, pair):

@@ -23,10 +23,10 @@ def pair():
         yield transports
 
 
-def test_two_segments_alternate_for_calls_of_any_number(pair):
+def test_two_segments_are_enough_for_calls_of_any_number(pair):
     for number in range(1, 20):
         exchange(pair, number, 1000)
-    assert [len(transport._segments) for transport in pair] == [2, 2]
+    assert all(len(transport._segments) <= 2 for transport in pair)
 
 
 def test_calls_in_flight_together_keep_their_bytes_and_are_received_in_any_order(pair):
@@ -66,11 +66,10 @@ def test_a_larger_call_replaces_segments_here_and_at_the_peer(pair):
     exchange(pair, 3, 10_000_000)
     exchange(pair, 4, 10_000_000)
     for transport in pair:
-        assert len(transport._segments) == 2
         assert all(s.memory.numel() >= 10_000_000 for s in transport._segments)
     exchange(pair, 5, 10)
     (mapped,) = [peer.mappings for peer in pair[0]._peers.values()]
-    assert len(mapped) == 2, "a retired segment is still mapped"
+    assert set(mapped) <= {s.number for s in pair[1]._segments}, "a retired segment is still mapped"
 
 
 def test_what_came_in_time_is_found_by_a_rank_that_looks_too_late(pair):
@@ -188,8 +187,8 @@ def test_a_peer_that_leaves_does_not_wait_for_one_that_reads_nothing(pair):
 
 def test_descriptors_that_find_no_space_are_an_error(pair):
     zero, one = pair
-    post(one, 1, 100)
     post(zero, 1, 100)
+    post(one, 1, 100)
     with descriptors_left(0), pytest.raises(ResourceError, match="RLIMIT_NOFILE") as caught:
         receive(zero, 1, 1)
     assert caught.value.errno == errno.EMFILE
@@ -226,7 +225,7 @@ def test_a_silent_peer_is_named_at_the_deadline(pair):
 def test_a_peer_that_reads_nothing_fails_the_send_in_time(pair):
     def post_without_end():
         for number in range(1, 100_000):
-            post(pair[0], number, 0, timeout_s=1.0)
+            post(pair[0], number, 0, timeout_s=0.05)
 
     with pytest.raises(PeerTimeout, match="it reads no messages"):
         post_without_end()
@@ -241,6 +240,7 @@ def test_a_blocked_send_continues_when_the_peer_reads():
         for number in range(1, 301):
             call = CallId(number, "test")
             one.open(call, [0, 0])
+            one.post(call, [HEADER, HEADER], Deadline(PATIENCE_S))
             good &= one.receive(call, 0, Deadline(PATIENCE_S)).header == HEADER
             one.finish(call, None)
         os._exit(0 if good else 1)

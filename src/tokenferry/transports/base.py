@@ -5,8 +5,11 @@ numbered from 1, in the same order on all ranks, but several may be in flight (r
 order.
 
 Buffers are reused without extra messages: each message carries the *watermark* of its sender, the number up to which
-that rank has finished all calls. A buffer sent in call n may be overwritten once the watermarks of its readers are at
-least n.
+that rank has finished all calls, or has their messages in memory of its own. A buffer sent in call n may be overwritten
+once the watermarks of its readers are at least n.
+
+A call that stays in flight, since its hook is called late or never, holds up no other one, and costs no more than the
+memory of its own messages.
 """
 
 from __future__ import annotations
@@ -23,6 +26,11 @@ from tokenferry.errors import PeerTimeout, page_address
 HEADER_INTS = 16
 """Every message starts with this many signed 64-bit integers; the backend defines what they mean."""
 
+MOST_AWAITED = 32
+"""Messages that a rank awaits from a peer at most: a call that would await more waits for the oldest before it sends.
+
+So ranks that drop all hooks, and receive nothing, do not run ahead of peers that have yet to read what they sent.
+Nobody waits for each other: the peer does not need this call to get to the one that is awaited."""
 
 Check = Callable[[int, tuple[int, ...]], object]
 """A function that checks the header that a rank sent; it may raise."""
@@ -103,7 +111,7 @@ class Transport(Protocol):
         """
 
     def forget(self, call: CallId) -> None:
-        """Finish a call that was posted and that nobody will receive, where that holds up no later one."""
+        """Give up a call that was posted and that nobody will receive; its messages are dropped, now or later."""
 
     def drop_peer(self, src: int) -> None:
         """Expect nothing more from ``src`` for the calls in flight, and never reuse a buffer that it may still read."""
@@ -139,7 +147,7 @@ class Transport(Protocol):
 
 
 class Watermarks:
-    """The numbers up to which this rank, and each peer, has finished all calls."""
+    """The numbers up to which this rank, and each peer, has finished all calls, or has their messages for itself."""
 
     def __init__(self, num_ranks: int) -> None:
         self.local = 0
@@ -147,8 +155,9 @@ class Watermarks:
         self._peers = [0] * num_ranks
 
     def finish(self, number: int) -> None:
-        """Record that this rank has finished a call; calls may finish out of order."""
-        self._finished_early.add(number)
+        """Record that this rank has finished a call; calls may finish out of order, and again."""
+        if number > self.local:
+            self._finished_early.add(number)
         while self.local + 1 in self._finished_early:
             self.local += 1
             self._finished_early.remove(self.local)

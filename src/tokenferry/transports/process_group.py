@@ -8,6 +8,11 @@ one process group, and calls in flight together, do not receive each other's mes
 call, because calls may skip ranks: then a rank that leaves need not know which call a peer makes next. Each peer and
 direction is awaited separately, so that an error can name the peer.
 
+Every message is received, also if nobody wants it any more (hooks that are dropped, masked ranks): else it would stay
+with its sender, and be taken for a later one when its tag comes again. The headers of a peer are received in the order
+in which it sends them, which costs no wait, and each is followed by the request for its body. Every header says up to
+which number its sender has received the messages of the other side; until then, what was sent is held.
+
 When one wait times out, gloo closes every connection of the process group. The first failure of a call is therefore its
 cause, and nothing can continue after it: a `PeerTimeout` of this transport ends the process group too.
 
@@ -36,12 +41,12 @@ from torch import Tensor
 from tokenferry.errors import BackendUnavailable, PeerTimeout
 from tokenferry.transports.base import (
     HEADER_INTS,
+    MOST_AWAITED,
     CallId,
     Check,
     Deadline,
     LastMessages,
     Message,
-    Watermarks,
     peer_timeout,
 )
 from tokenferry.transports.lifetime import Watch
@@ -55,60 +60,71 @@ _NEVER = timedelta(days=3650)
 _LATE_S = 0.1
 """Seconds that a wait takes at least: this rank may have been stopped, and gloo has yet to read what has come."""
 _LEFT = -1
-"""In place of a watermark: the sender makes no more calls, and the body is its reason."""
+"""In place of the number of received messages: the sender makes no more calls, and the body is its reason."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Send:
-    """A started send to one peer."""
+@dataclass(slots=True, eq=False)
+class _Outgoing:
+    """A message to a peer, held until the peer has said that it has received it.
 
-    peer: int
-    work: dist.Work
+    Attributes:
+        number: Counts the messages between the two ranks.
+        works: The sends of its header and, if there is one, of its body; none: they are done.
+        owed: How many of these sends `ProcessGroupTransport.close` gives time: that of the header while the call is in
+            flight, both when it is finished.
+    """
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _HeaderReceive:
-    """A started receive of a header; ``number`` counts the messages of its peer."""
-
-    work: dist.Work
-    header: Tensor
     number: int
+    works: list[dist.Work]
+    owed: int = 1
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _BodyReceive:
-    """A message whose header has arrived; ``work`` receives its body, or is None if there is nothing to wait for."""
+@dataclass(slots=True, eq=False)
+class _Incoming:
+    """A message of a peer that has not come, or not completely.
 
+    Attributes:
+        number: Counts the messages between the two ranks.
+        header: Where its header is received, behind the number up to which the peer has received, and the body's size.
+        work: Receives the header, then the body; None: nothing is under way.
+        message: None until the header has come.
+    """
+
+    number: int
+    header: Tensor
     work: dist.Work | None
-    message: Message
+    message: Message | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether header and body have come."""
+        return self.message is not None and self.work is None
 
 
 @dataclass(slots=True, eq=False)
 class _InFlight:
-    """A call that this rank has opened: its sends, and by peer the receives and the errors to raise.
+    """A call that this rank has opened and not finished.
 
-    ``undeliverable``: there was no memory for a body, for whose receipt its sender waits.
+    Attributes:
+        call: The call.
+        buffers: What this rank sends, by rank, until it is posted.
+        own: The message to this rank itself.
+        outgoing: By peer, what was sent.
+        incoming: By peer, what `ProcessGroupTransport.receive` has yet to return.
+        failed: By peer, the error to raise.
     """
 
     call: CallId
     buffers: list[Tensor]
-    readers: frozenset[int] = frozenset()
-    sends: list[_Send] = field(default_factory=list)
-    header_sends: list[dist.Work] = field(default_factory=list)
-    headers: dict[int, _HeaderReceive] = field(default_factory=dict)
-    bodies: dict[int, _BodyReceive] = field(default_factory=dict)
+    own: Message | None = None
+    outgoing: dict[int, _Outgoing] = field(default_factory=dict)
+    incoming: dict[int, _Incoming] = field(default_factory=dict)
     failed: dict[int, PeerTimeout] = field(default_factory=dict)
-    undeliverable: bool = False
 
-    def drop(self, peer: int) -> list[dist.Work]:
-        """Expect nothing more from a peer; return what may still be going on with it."""
-        header, body = self.headers.pop(peer, None), self.bodies.pop(peer, None)
-        self.failed.pop(peer, None)
-        works = [header.work] if header is not None else []
-        works += [body.work] if body is not None and body.work is not None else []
-        works += [send.work for send in self.sends if send.peer == peer]
-        self.sends = [send for send in self.sends if send.peer != peer]
-        return works
+    def raise_failed(self) -> None:
+        """Raise the first error, if there is one."""
+        for error in self.failed.values():
+            raise error
 
 
 _unfinished: WeakKeyDictionary[dist.ProcessGroup, list[dist.Work]] = WeakKeyDictionary()
@@ -130,22 +146,21 @@ class ProcessGroupTransport:
     def __init__(
         self, group: dist.ProcessGroup, group_id: int = 0, processes: Mapping[int, int] = MappingProxyType({})
     ) -> None:
-        self._lingering: deque[_InFlight] = deque()
         self.rank = group.rank()
         self.num_ranks = group.size()
         self.order: Sequence[int] = range(self.num_ranks)
         self._group = group
         self._tag = _TAG | (group_id % GROUP_IDS) << 16
-        self._watermarks = Watermarks(self.num_ranks)
         self._last_messages = LastMessages(self.num_ranks)
         self._in_flight: dict[int, _InFlight] = {}
-        self._dropped: list[dist.Work] = []
+        # By peer, and by number: there may be messages of calls that this rank has forgotten, too.
+        self._outgoing: list[deque[_Outgoing]] = [deque() for _ in range(self.num_ranks)]
+        self._incoming: list[deque[_Incoming]] = [deque() for _ in range(self.num_ranks)]
         self._watch = Watch(processes, partial(_fail, group, self._tag))
         self._next_numbers = [1] * self.num_ranks
 
     def open(self, call: CallId, sizes: Sequence[int]) -> list[Tensor]:
         """Return new tensors. See `Transport.open`."""
-        self._free_lingering()
         current = _InFlight(call, [torch.empty(size, dtype=torch.uint8, device="cpu") for size in sizes])
         self._in_flight[call.number] = current
         return current.buffers
@@ -155,11 +170,12 @@ class ProcessGroupTransport:
     ) -> None:
         """Start all sends and the receives of all headers. See `Transport.post`."""
         current = self._in_flight[call.number]
-        current.readers = frozenset(range(self.num_ranks)) - {self.rank} - skip
-        current.bodies[self.rank] = _BodyReceive(None, Message(headers[self.rank], current.buffers[self.rank]))
-        for peer in sorted(current.readers):
+        buffers, current.buffers = current.buffers, []  # what was sent need not live as long as a hook
+        current.own = Message(headers[self.rank], buffers[self.rank])
+        for peer in sorted(set(range(self.num_ranks)) - {self.rank} - skip):
             try:
-                self._post_to(peer, current, headers[peer])
+                self._make_room(peer, call, deadline)
+                self._post_to(peer, current, headers[peer], buffers[peer])
             except PeerTimeout as error:  # still send to the other peers; `receive` raises the error
                 current.failed[peer] = error
 
@@ -170,40 +186,53 @@ class ProcessGroupTransport:
         several peers arrive together.
         """
         current = self._in_flight[call.number]
-        for error in current.failed.values():
-            raise error
-        for peer in list(current.headers):
-            self._receive_header(current, peer, deadline, check)
-        for error in current.failed.values():
-            raise error
-        body = current.bodies[src]
-        if body.work is not None:
-            self._wait(body.work, call, src, deadline)
-        del current.bodies[src]
+        current.raise_failed()
+        awaited = [peer for peer, incoming in current.incoming.items() if incoming.message is None]
+        for step, peer in enumerate(awaited):
+            # The call cannot end before the headers of the others have come, too.
+            left = self._receive_header(peer, current.incoming[peer], call, deadline, awaited[step:], check)
+            if left is not None:  # raised only when the headers of all others have come, or these would wait for this
+                current.failed[peer] = left
+        current.raise_failed()
+        if src == self.rank:
+            assert current.own is not None
+            return current.own
+        incoming = current.incoming[src]
+        message = self._receive_body(src, incoming, call, deadline)
+        del current.incoming[src]
         self._last_messages.record(src, call)
-        return body.message
+        return message
 
     def finish(self, call: CallId, deadline: Deadline | None) -> None:
         """Wait for the sends. See `Transport.finish`.
 
-        Without a deadline, keep the buffers until the watermarks of their readers have reached the call.
+        Without a deadline, hold them until their readers have said that they have them.
         """
         current = self._in_flight[call.number]
-        self._watermarks.finish(call.number)
-        if deadline is None:
-            self._lingering.append(current)
-        else:
-            for send in current.sends:
-                self._wait(send.work, call, send.peer, deadline)
+        for peer, outgoing in current.outgoing.items():
+            outgoing.owed = 2
+            if deadline is not None:
+                for work in outgoing.works:
+                    self._wait(work, call, peer, deadline)
+                outgoing.works = []
+                self._let_go(peer)
         del self._in_flight[call.number]
 
     def forget(self, call: CallId) -> None:
-        """Do nothing: the receives have begun, and the process group has no way to end them. See `Transport.forget`."""
+        """Receive its messages with those of later calls, and drop them. See `Transport.forget`."""
+        self._in_flight.pop(call.number, None)
 
     def drop_peer(self, src: int) -> None:
-        """Stop waiting for messages from and to ``src``. See `Transport.drop_peer`."""
+        """Stop waiting for messages from and to ``src``. See `Transport.drop_peer`.
+
+        If there are later ones, those that are under way now are received first, and dropped.
+        """
         for current in self._in_flight.values():
-            self._dropped += current.drop(src)
+            current.incoming.pop(src, None)
+            current.failed.pop(src, None)
+            outgoing = current.outgoing.pop(src, None)
+            if outgoing is not None:
+                outgoing.owed = 0
 
     def announce_call(self, number: int, skip: frozenset[int]) -> None:
         """Do nothing: no rank returns after a timeout, which ends the process group. See `Transport.announce_call`."""
@@ -246,12 +275,15 @@ class ProcessGroupTransport:
                     break
 
     def close(self, *, linger: bool) -> None:
-        """Give up what is under way; the process group belongs to the caller and stays open. See `Transport.close`."""
-        works = [send.work for current in self._lingering for send in current.sends]
-        # Peers need the headers of a call that failed here, to report why. They may never receive its bodies.
-        works += [work for current in self._in_flight.values() for work in current.header_sends]
+        """Give up what is under way; the process group belongs to the caller and stays open. See `Transport.close`.
+
+        Peers need the headers of a call that failed here, to report why. They may never receive its bodies.
+        """
+        sent = [outgoing for queue in self._outgoing for outgoing in queue]
+        works = [work for outgoing in sent for work in outgoing.works[: outgoing.owed]]
         if linger and works and _are_done(works, _LINGER_S):
-            self._lingering.clear()
+            for outgoing in sent:
+                del outgoing.works[: outgoing.owed]
         self._hold_unfinished()
         self._watch.close()
 
@@ -260,59 +292,100 @@ class ProcessGroupTransport:
             self._hold_unfinished()
 
     def _hold_unfinished(self) -> None:
-        for current in (*self._lingering, *self._in_flight.values()):
-            for peer in range(self.num_ranks):
-                self._dropped += current.drop(peer)
-        if self._dropped:
-            _unfinished.setdefault(self._group, []).extend(self._dropped)
-        self._lingering.clear()
+        works = [work for sent in self._outgoing for outgoing in sent for work in outgoing.works]
+        works += [incoming.work for queue in self._incoming for incoming in queue if incoming.work is not None]
+        if works:
+            _unfinished.setdefault(self._group, []).extend(works)
+        for sent, queue in zip(self._outgoing, self._incoming, strict=True):
+            sent.clear()
+            queue.clear()
         self._in_flight.clear()
-        self._dropped = []
 
-    def _post_to(self, peer: int, current: _InFlight, header: tuple[int, ...]) -> None:
-        number, call = self._next_numbers[peer], current.call
-        tag = self._tag_of(number)
-        incoming = torch.empty(HEADER_INTS + 2, dtype=torch.int64, device="cpu")
-        current.headers[peer] = _HeaderReceive(self._start("recv", incoming, peer, call, tag), incoming, number)
-        body = current.buffers[peer]
-        outgoing = torch.tensor([self._watermarks.local, body.numel(), *header], dtype=torch.int64, device="cpu")
-        current.header_sends.append(self._start("send", outgoing, peer, call, tag))
+    def _make_room(self, peer: int, call: CallId, deadline: Deadline) -> None:
+        """End the receives of bodies of earlier calls that were begun before this one, and await no more than allowed.
+
+        Nothing but the network delays such a body: its sender has sent it. And a peer that is so many messages behind
+        does not need those of this call to go on.
+        """
+        queue = self._incoming[peer]
+        while queue and queue[0].message is not None:
+            self._receive_body(peer, queue[0], call, deadline)
+        if len(queue) >= MOST_AWAITED:
+            left = self._receive_header(peer, queue[0], call, deadline, [peer])
+            if left is not None:
+                raise left
+
+    def _post_to(self, peer: int, current: _InFlight, header: tuple[int, ...], body: Tensor) -> None:
+        number, call, queue = self._next_numbers[peer], current.call, self._incoming[peer]
+        tag, received = self._tag_of(number), queue[0].number - 1 if queue else number - 1
+        place = torch.empty(HEADER_INTS + 2, dtype=torch.int64, device="cpu")
+        current.incoming[peer] = _Incoming(number, place, self._start("recv", place, peer, call, tag))
+        queue.append(current.incoming[peer])
+        outgoing = torch.tensor([received, body.numel(), *header], dtype=torch.int64, device="cpu")
+        current.outgoing[peer] = _Outgoing(number, [self._start("send", outgoing, peer, call, tag)])
+        self._outgoing[peer].append(current.outgoing[peer])
         self._next_numbers[peer] = number + 1
-        current.sends.append(_Send(peer, current.header_sends[-1]))
         if body.numel():
-            current.sends.append(_Send(peer, self._start("send", body, peer, call, tag | 1)))
+            current.outgoing[peer].works.append(self._start("send", body, peer, call, tag | 1))
 
-    def _receive_header(self, current: _InFlight, peer: int, deadline: Deadline, check: Check | None) -> None:
-        # The call cannot end before the headers of the others have come, too.
-        awaited = tuple(current.headers)
-        started = current.headers[peer]
-        self._wait(started.work, current.call, peer, deadline, awaited)
-        del current.headers[peer]
-        watermark, size, *header = started.header.tolist()
-        if watermark == _LEFT:
-            # Raised only when the headers of all others have come, or these ranks would wait for this one.
-            current.failed[peer] = self._left(current.call, peer, size, self._tag_of(started.number) | 1, deadline)
-            return
-        self._watermarks.update(peer, watermark)
-        if check is not None:
-            check(peer, tuple(header))
-        current.undeliverable = True  # until there is memory for the body
-        body = torch.empty(size, dtype=torch.uint8, device="cpu")
-        current.undeliverable = False
-        tag = self._tag_of(started.number) | 1
-        work = self._start("recv", body, peer, current.call, tag) if size else None
-        current.bodies[peer] = _BodyReceive(work, Message(tuple(header), body))
+    def _receive_header(
+        self,
+        peer: int,
+        last: _Incoming,
+        call: CallId,
+        deadline: Deadline,
+        awaited: Sequence[int] = (),
+        check: Check | None = None,
+    ) -> PeerTimeout | None:
+        """Wait in ``call`` for the header of a message, and before it for all that its peer has sent earlier.
+
+        Returns:
+            PeerTimeout | None: the error to raise, if the peer has left the group instead of sending them.
+        """
+        for incoming in list(self._incoming[peer]):
+            if incoming.number > last.number:
+                break
+            if incoming.work is not None and incoming.message is None:
+                self._wait(incoming.work, call, peer, deadline, awaited)
+                incoming.work = None
+            if incoming.message is None:
+                received, size, *header = incoming.header.tolist()
+                tag = self._tag_of(incoming.number) | 1
+                if received == _LEFT:
+                    return self._left(call, peer, size, tag, deadline)
+                self._let_go(peer, received)
+                if check is not None and incoming is last:
+                    check(peer, tuple(header))
+                body = torch.empty(size, dtype=torch.uint8, device="cpu")
+                incoming.work = self._start("recv", body, peer, call, tag) if size else None
+                incoming.message = Message(tuple(header), body)
+        return None
+
+    def _receive_body(self, peer: int, incoming: _Incoming, call: CallId, deadline: Deadline) -> Message:
+        """Wait in ``call`` for the body of a message whose header has come."""
+        assert incoming.message is not None
+        if incoming.work is not None:
+            self._wait(incoming.work, call, peer, deadline)
+            incoming.work = None
+        queue = self._incoming[peer]
+        while queue and queue[0].complete:
+            queue.popleft()
+        return incoming.message
+
+    def _let_go(self, peer: int, received: int = 0) -> None:
+        """Free what was sent to a peer, up to the number that it has received. gloo may still read the others."""
+        queue = self._outgoing[peer]
+        while queue and (queue[0].number <= received or not queue[0].works):
+            queue.popleft()
 
     def _drain(self, deadline: Deadline) -> None:
         """Receive what peers have sent in the calls in flight, for which they wait: else they could not be told."""
         for current in self._in_flight.values():
-            if current.undeliverable:
-                raise MemoryError
-            for peer in list(current.headers):
-                self._receive_header(current, peer, deadline, None)
-            for peer, body in current.bodies.items():
-                if body.work is not None:
-                    self._wait(body.work, current.call, peer, deadline)
+            for peer, incoming in current.incoming.items():
+                self._receive_header(peer, incoming, current.call, deadline)
+            for peer, incoming in current.incoming.items():
+                if incoming.message is not None:
+                    self._receive_body(peer, incoming, current.call, deadline)
 
     def _left(self, call: CallId, peer: int, size: int, tag: int, deadline: Deadline) -> PeerTimeout:
         """Receive the reason why a peer left the group, and return the error to raise."""
@@ -340,9 +413,7 @@ class ProcessGroupTransport:
             raise peer_timeout(call, self.rank, [peer], _reason(error), 0.0, last) from error
         return work
 
-    def _wait(
-        self, work: dist.Work, call: CallId, peer: int, deadline: Deadline, awaited: tuple[int, ...] = ()
-    ) -> None:
+    def _wait(self, work: dist.Work, call: CallId, peer: int, deadline: Deadline, awaited: Sequence[int] = ()) -> None:
         """Wait for work with a peer; less long if the process of that peer, or of another in ``awaited``, has ended."""
         try:
             with self._watch.waiting(peer, awaited):
@@ -359,14 +430,6 @@ class ProcessGroupTransport:
                 peer, why = ended[0], "its process ended"
             last = self._last_messages.describe(peer)
             raise peer_timeout(call, self.rank, [peer], why, deadline.waited(), last) from error
-
-    def _free_lingering(self) -> None:
-        """Free the buffers that all readers have read. Others must stay, since gloo may still read them."""
-        while self._lingering:
-            oldest = self._lingering[0]
-            if not self._watermarks.reached(oldest.call.number, oldest.readers):
-                break
-            self._lingering.popleft()
 
 
 def _are_done(works: Sequence[dist.Work], seconds: float) -> bool:

@@ -6,7 +6,10 @@ nothing spins, and it arrives after the bytes that it describes. A closed socket
 
 A segment holds the messages of one call. It is reused when the watermarks of all its readers have reached that call
 (see `tokenferry.transports.base`), so two segments alternate in steady state; with receive hooks there is one for
-each call in flight. No call ever waits for a segment.
+each call in flight. No call ever waits for a segment. Segments that no call has needed for long are given back.
+
+A watermark cannot pass a call whose hook stays uncalled. So the messages of such a call are copied when it is a few
+calls old: then the segments that they lie in are free, and so are those of all later calls.
 """
 
 from __future__ import annotations
@@ -16,9 +19,8 @@ import math
 import os
 import select
 import socket
-import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,7 +29,7 @@ from torch import Tensor
 from tokenferry.forked import forget_in_child
 from tokenferry.transports import segment as seg
 from tokenferry.transports.base import (
-    HEADER_INTS,
+    MOST_AWAITED,
     CallId,
     Check,
     Deadline,
@@ -37,101 +39,14 @@ from tokenferry.transports.base import (
     peer_timeout,
 )
 from tokenferry.transports.lifetime import Connection, open_peer
+from tokenferry.transports.notices import SIZE, Kind, Notice, Peer
 
-_NOTICE = struct.Struct(f"<6q{HEADER_INTS}q")
-_POST, _POST_WITH_FD, _RETIRE, _ANNOUNCE, _LEAVE, _WAITING = 1, 2, 3, 4, 5, 6
-_NO_HEADER = (0,) * HEADER_INTS
 _ALIGN = 64
-
-
-@dataclass(slots=True)
-class _Notice:
-    """A fixed-size record sent over a socket.
-
-    Attributes:
-        kind: `_POST`: a message is ready; `_POST_WITH_FD`: the same, and the descriptor of its segment comes along;
-            `_RETIRE`: unmap a segment; `_ANNOUNCE`: the number of the sender's last call; `_LEAVE`: the sender leaves,
-            and everything behind this notice is its reason, a text; `_WAITING`: the sender has waited for half of its
-            timeout.
-        call: The number of a call.
-        watermark: The sender's watermark.
-        segment: The number of the segment of a body, 0 without a body.
-        offset: The first byte of the body in the segment.
-        size: Bytes of the body.
-        header: The backend's header.
-    """
-
-    kind: int
-    call: int = 0
-    watermark: int = 0
-    segment: int = 0
-    offset: int = 0
-    size: int = 0
-    header: tuple[int, ...] = _NO_HEADER
-
-    def pack(self) -> bytes:
-        return _NOTICE.pack(self.kind, self.call, self.watermark, self.segment, self.offset, self.size, *self.header)
-
-    @classmethod
-    def unpack(cls, data: bytearray) -> _Notice:
-        kind, call, watermark, segment, offset, size, *header = _NOTICE.unpack_from(data)
-        return cls(kind, call, watermark, segment, offset, size, tuple(header))
-
-
-@dataclass(slots=True, eq=False)
-class _Peer:
-    """The connection to one peer; its descriptors are closed with it.
-
-    Attributes:
-        rank: The rank of the peer.
-        socket: The socket connected to the peer.
-        process: A descriptor that shows the end of the peer's process, or -1; see `open_peer`.
-        data: Received bytes of an incomplete notice.
-        fds: Received file descriptors whose notices have not been handled.
-        inbox: Messages that the backend has not yet received, by call.
-        mappings: Segments of the peer that are mapped here, by number.
-        writable: False once sends fail; messages that the peer sent before may still be in the socket.
-        readable: False once the socket is closed and everything that the peer sent has been read.
-        reason_size: Bytes of the reason, once the peer has sent `_LEAVE`, or -1; ``data`` is then that reason.
-        waiting_at: When the last `_WAITING` came.
-    """
-
-    rank: int
-    socket: Connection
-    process: int
-    data: bytearray = field(default_factory=bytearray)
-    fds: list[int] = field(default_factory=list)
-    inbox: dict[int, Message] = field(default_factory=dict)
-    mappings: dict[int, Tensor] = field(default_factory=dict)
-    writable: bool = True
-    readable: bool = True
-    reason_size: int = -1
-    waiting_at: float = -math.inf
-
-    def sends_more(self) -> bool:
-        """Return whether there may be a message of this peer that has not been read."""
-        return self.readable and not 0 <= self.reason_size <= len(self.data)
-
-    def reason(self) -> str:
-        """Return the reason with which this peer has left, or an empty string."""
-        return "" if self.reason_size < 0 else self.data.decode(errors="replace")
-
-    def why_gone(self) -> str:
-        """Return why this peer sends no more messages."""
-        why = self.reason().partition("\0")[0]
-        return f"it left the group: {why}" if why else "its process ended or closed the group"
-
-    def close(self, close: Callable[[int], None] = os.close) -> None:
-        """Close all descriptors, and drop all messages; idempotent."""
-        self.socket.close()
-        fds, self.fds, self.process = [*self.fds, self.process], [], -1
-        for fd in fds:
-            if fd >= 0:
-                close(fd)  # an argument, since `os` may be gone at interpreter exit
-        self.mappings.clear()
-        self.inbox.clear()
-
-    __del__ = close
+_COPY_AFTER = 16
+"""Calls after which the messages of an older one that has not been received are copied; no ordinary hook waits so long,
+not that of a call of several exchanges either."""
+_IDLE_AFTER = 256
+"""Calls after which a segment that was free all the time is given back."""
 
 
 @dataclass(slots=True, eq=False)
@@ -146,6 +61,7 @@ class _InFlight:
         sent_to: The peers that take part, without those that were dropped since.
         expected: The peers whose messages this rank waits for.
         said_waiting: Whether it has told its peers that it waits.
+        receiving: Whether any message has been returned to the caller, who may be reading it.
     """
 
     buffers: list[Tensor]
@@ -155,6 +71,7 @@ class _InFlight:
     sent_to: frozenset[int] = frozenset()
     expected: set[int] = field(default_factory=set)
     said_waiting: bool = False
+    receiving: bool = False
 
 
 class SharedMemoryTransport:
@@ -178,12 +95,12 @@ class SharedMemoryTransport:
         self.num_ranks = len(sockets) + 1 if num_ranks is None else num_ranks
         self.order: Sequence[int] = range(self.num_ranks)
         self.patient = False
-        self._peers: dict[int, _Peer] = {}
+        self._peers: dict[int, Peer] = {}
         self._poll = select.poll()
-        self._by_fd: dict[int, _Peer] = {}
+        self._by_fd: dict[int, Peer] = {}
         for other, sock in sockets.items():
             connection = Connection(fileno=sock.detach())
-            self._add(_Peer(other, connection, open_peer(connection)))
+            self._add(Peer(other, connection, open_peer(connection)))
         self._watermarks = Watermarks(self.num_ranks)
         self._last_messages = LastMessages(self.num_ranks)
         self._segments: list[seg.Segment] = []
@@ -193,7 +110,7 @@ class SharedMemoryTransport:
         self._announced = 0
         forget_in_child(self, SharedMemoryTransport._free)
 
-    def _add(self, peer: _Peer) -> None:
+    def _add(self, peer: Peer) -> None:
         peer.socket.setblocking(False)
         self._peers[peer.rank] = peer
         for fd in (peer.socket.fileno(), peer.process):
@@ -206,6 +123,7 @@ class SharedMemoryTransport:
 
         This rank's own message is there too, because reused memory is cheaper than new memory.
         """
+        self._copy_old(call)
         offsets, end = [], 0
         for size in sizes:
             offsets.append(end)
@@ -230,26 +148,38 @@ class SharedMemoryTransport:
         current.sent_to = frozenset(self._peers) - skip
         current.expected = set(current.sent_to)
         self._last_call = call.number
+        self._let_catch_up(current.sent_to, deadline)
         if segment is not None:
             segment.call, segment.readers = call.number, current.sent_to
         for rank in sorted(current.expected):
             size = current.buffers[rank].numel()
             number = segment.number if segment is not None and size else 0
-            kind, fds = _POST, []
+            kind, fds = Kind.post, []
             if segment is not None and size and rank not in segment.known:
-                kind, fds = _POST_WITH_FD, [segment.fd]
+                kind, fds = Kind.post_with_fd, [segment.fd]
                 segment.known.add(rank)
-            notice = _Notice(
+            notice = Notice(
                 kind, call.number, self._watermarks.local, number, current.offsets[rank], size, headers[rank]
             )
             self._send(rank, notice, fds, call, deadline)
         for rank, peer in self._peers.items():
             if rank in skip:
                 peer.inbox.pop(call.number, None)
+            elif call.number not in peer.inbox:
+                peer.awaited.add(call.number)
+
+    def _let_catch_up(self, ranks: frozenset[int], deadline: Deadline) -> None:
+        """Wait for peers that are many messages behind. If they stay silent, that is no error here, as in `post`."""
+        for peer in (self._peers[rank] for rank in ranks):
+            while len(peer.awaited) >= MOST_AWAITED and peer.sends_more():
+                if deadline.left() == 0:
+                    peer.awaited.clear()  # not in every call once more
+                self._progress(deadline.left())
 
     def receive(self, call: CallId, src: int, deadline: Deadline, check: Check | None = None) -> Message:
         """Wait for the notice of ``src`` and return a view of its segment. See `Transport.receive`."""
         current = self._in_flight[call.number]
+        current.receiving = True
         if src == self.rank:
             return Message(current.own_header, current.buffers[src])
         peer = self._peers[src]
@@ -290,7 +220,7 @@ class SharedMemoryTransport:
             return left
         current.said_waiting = True
         for rank in sorted(current.sent_to):
-            self._send(rank, _Notice(_WAITING), [], call, deadline)
+            self._send(rank, Notice(Kind.waiting), [], call, deadline)
         return 0.0
 
     def _is_gone(self, rank: int, call: CallId) -> bool:
@@ -309,16 +239,19 @@ class SharedMemoryTransport:
     def forget(self, call: CallId) -> None:
         """Drop its messages, those that are still to come, too. See `Transport.forget`.
 
-        Otherwise no watermark would ever reach a later call, and every call would take a new segment.
+        Otherwise no watermark would ever reach a later call, and every call would take a new segment. A rank that only
+        sends, and forgets all of its calls, reads here what its peers have finished.
         """
         if call.number not in self._in_flight:  # `skip_to` has dropped it
             return
         self.finish(call, None)
+        self._progress_all()
         for peer in self._peers.values():
             peer.inbox.pop(call.number, None)
 
     def drop_peer(self, src: int) -> None:
         """Drop the messages of ``src``, and retire the segments that it may still read. See `Transport.drop_peer`."""
+        self._peers[src].awaited.clear()
         for number, current in self._in_flight.items():
             current.expected.discard(src)
             current.sent_to -= {src}
@@ -329,7 +262,7 @@ class SharedMemoryTransport:
     def announce_call(self, number: int, skip: frozenset[int]) -> None:
         """Send a notice to each peer. See `Transport.announce_call`."""
         for rank in sorted(set(self._peers) - skip):
-            self._send(rank, _Notice(_ANNOUNCE, number), [], CallId(number, "mask"), Deadline(1.0))
+            self._send(rank, Notice(Kind.announce, number), [], CallId(number, "mask"), Deadline(1.0))
 
     def highest_announced_call(self) -> int:
         """Read all notices that have arrived. See `Transport.highest_announced_call`."""
@@ -342,6 +275,7 @@ class SharedMemoryTransport:
         self._watermarks.skip_to(number)
         self._in_flight = {call: current for call, current in self._in_flight.items() if call > number}
         for peer in self._peers.values():
+            peer.awaited.clear()
             peer.inbox = {call: message for call, message in peer.inbox.items() if call > number}
 
     def leave(self, why: str, *, wait: bool) -> None:
@@ -352,7 +286,7 @@ class SharedMemoryTransport:
         text = why.encode()
         for peer in self._peers.values():
             with contextlib.suppress(OSError):  # a peer that reads nothing finds the closed socket
-                peer.socket.send(_Notice(_LEAVE, size=len(text)).pack() + text)
+                peer.socket.send(Notice(Kind.leave, size=len(text)).pack() + text)
 
     def reason(self, src: int) -> str:
         """Read all notices that have arrived. See `Transport.reason`."""
@@ -382,27 +316,55 @@ class SharedMemoryTransport:
         self._segments.clear()
         self._in_flight.clear()
 
+    def _copy_old(self, call: CallId) -> None:
+        """Copy the messages of calls that were not received long before ``call``, and let the watermark pass them."""
+        if self._watermarks.local + 1 > call.number - _COPY_AFTER:
+            return
+        self._progress_all()
+        while (oldest := self._watermarks.local + 1) <= call.number - _COPY_AFTER:
+            current = self._in_flight.get(oldest)
+            if current is None or current.receiving:
+                return
+            inboxes = [self._peers[rank].inbox for rank in current.expected]
+            if not all(oldest in inbox for inbox in inboxes):  # still to come
+                return
+            for inbox in inboxes:
+                inbox[oldest] = Message(inbox[oldest].header, inbox[oldest].body.clone())
+            own = current.buffers[self.rank].clone()
+            current.buffers = [own if rank == self.rank else own[:0] for rank in range(self.num_ranks)]
+            current.segment = None
+            self._watermarks.finish(oldest)
+
     def _free_segment(self, num_bytes: int) -> seg.Segment:
         """Return the smallest free segment that fits; if none does, replace the free segments by a new one."""
-        busy = {id(current.segment) for current in self._in_flight.values()}
-        free = [s for s in self._segments if id(s) not in busy and self._watermarks.reached(s.call, s.readers)]
-        fitting = [s for s in free if s.memory.numel() >= num_bytes]
+        free = self._free_segments()
+        if all(segment.memory.numel() < num_bytes for segment in free):
+            self._progress_all()  # peers may have said since the last wait that they have finished more calls
+            free = self._free_segments()
+        fitting = [segment for segment in free if segment.memory.numel() >= num_bytes]
         if fitting:
-            return min(fitting, key=lambda s: s.memory.numel())
+            chosen = min(fitting, key=lambda segment: segment.memory.numel())
+            self._retire([s for s in free if s is not chosen and s.call < self._last_call - _IDLE_AFTER])
+            return chosen
         self._retire(free)
         self._num_segments += 1
         self._segments.append(seg.create(self._num_segments, num_bytes))
         return self._segments[-1]
+
+    def _free_segments(self) -> list[seg.Segment]:
+        """Return the segments whose messages all readers have finished, the ones that were made first first."""
+        busy = {id(current.segment) for current in self._in_flight.values()}
+        return [s for s in self._segments if id(s) not in busy and self._watermarks.reached(s.call, s.readers)]
 
     def _retire(self, segments: list[seg.Segment]) -> None:
         """Drop segments, here and at the peers that have mapped them; the last view of one frees its memory."""
         for segment in segments:
             self._segments.remove(segment)
             for rank in sorted(segment.known):
-                notice = _Notice(_RETIRE, segment=segment.number)
+                notice = Notice(Kind.retire, segment=segment.number)
                 self._send(rank, notice, [], CallId(0, "retire"), Deadline(1.0))
 
-    def _send(self, rank: int, notice: _Notice, fds: list[int], call: CallId, deadline: Deadline) -> None:
+    def _send(self, rank: int, notice: Notice, fds: list[int], call: CallId, deadline: Deadline) -> None:
         peer, data = self._peers[rank], notice.pack()
         while data and peer.writable and peer.readable:
             try:
@@ -438,13 +400,13 @@ class SharedMemoryTransport:
             elif event & ~select.POLLOUT:
                 self._read(peer)
 
-    def _hang_up(self, peer: _Peer) -> None:
+    def _hang_up(self, peer: Peer) -> None:
         """Record that the peer sends nothing more."""
         if peer.readable:
             peer.readable = False
             self._poll.unregister(peer.socket)
 
-    def _read(self, peer: _Peer) -> bool:
+    def _read(self, peer: Peer) -> bool:
         """Handle the notices that a peer has sent; returns whether it may have sent more of them."""
         if not peer.readable:
             return False
@@ -459,32 +421,33 @@ class SharedMemoryTransport:
             return False
         peer.data += data
         peer.fds += fds
-        while len(peer.data) >= _NOTICE.size and peer.reason_size < 0:
-            notice = _Notice.unpack(peer.data)
-            del peer.data[: _NOTICE.size]
+        while len(peer.data) >= SIZE and peer.reason_size < 0:
+            notice = Notice.unpack(peer.data)
+            del peer.data[:SIZE]
             self._handle(peer, notice)
         return True
 
-    def _handle(self, peer: _Peer, notice: _Notice) -> None:
-        if notice.kind == _RETIRE:
+    def _handle(self, peer: Peer, notice: Notice) -> None:
+        if notice.kind == Kind.retire:
             peer.mappings.pop(notice.segment, None)
             return
-        if notice.kind == _ANNOUNCE:
+        if notice.kind == Kind.announce:
             self._announced = max(self._announced, notice.call)
             return
-        if notice.kind == _LEAVE:
+        if notice.kind == Kind.leave:
             peer.reason_size = notice.size
             return
-        if notice.kind == _WAITING:
+        if notice.kind == Kind.waiting:
             peer.waiting_at = time.monotonic()
             return
-        if notice.kind == _POST_WITH_FD:
+        if notice.kind == Kind.post_with_fd:
             fd = peer.fds.pop(0)
             try:
                 peer.mappings[notice.segment] = seg.attach(fd, os.fstat(fd).st_size)
             finally:
                 os.close(fd)
         self._watermarks.update(peer.rank, notice.watermark)
+        peer.awaited.discard(notice.call)
         current = self._in_flight.get(notice.call)
         # A message is late if its call was made without this peer.
         late = notice.call <= self._last_call and (current is None or peer.rank not in current.expected)

@@ -30,6 +30,9 @@ from tokenferry.formats.dtypes import dtype_code
 from tokenferry.transports.base import Deadline
 from tokenferry.types import DecodeCombined, DecodeDispatched, DecodePlan, Quantized
 
+_NOT_RECEIVED = -1
+"""In ``DecodePlan.src_range`` until the rows have been received: a number of no range."""
+
 
 class Delivery(Protocol):
     """The rows of a dispatch on their way.
@@ -88,8 +91,6 @@ class Decoder:
         self._exchange = exchange
         self._levels = levels
         self._key = key
-        self._unreceived: set[int] = set()
-        """The numbers of dispatches whose hooks have not received their rows."""
 
     @without_autocast
     def dispatch(self, request: DecodeDispatchRequest) -> DecodeDispatched[Tensor | Quantized]:
@@ -119,7 +120,7 @@ class Decoder:
                 topk_idx=topk_idx,
                 topk_weights=routing.topk_weights,
                 src_token=torch.empty(num_local, num_rows, dtype=torch.int32, device="cpu"),
-                src_range=torch.empty(num_local, num_ranks, dtype=torch.int64, device="cpu"),
+                src_range=torch.full((num_local, num_ranks), _NOT_RECEIVED, dtype=torch.int64, device="cpu"),
                 row_weights=row_weights,
                 _call_number=delivery.number,
                 _table=delivery.relayed,
@@ -130,11 +131,9 @@ class Decoder:
         def receive(deadline: Deadline) -> None:
             with delivery.receive(deadline, request.stats.wait_ns) as received:
                 _arrange(result, payload, received, exchange.allocator, first=exchange.rank * num_local)
-            self._unreceived.discard(delivery.number)
             if request.stats.received is not None:
                 request.stats.received.add_(result.expert_counts)
 
-        self._unreceived.add(delivery.number)
         hook = self._finish(delivery, receive, return_hook=request.return_hook)
         return DecodeDispatched(result.x, result.expert_counts, result.plan, hook)
 
@@ -142,7 +141,7 @@ class Decoder:
     def combine(self, request: DecodeCombineRequest) -> DecodeCombined:
         """Send the experts' rows back, if ``fast`` weighted and summed per token; then sum the rows that arrive."""
         exchange, plan, levels = self._exchange, request.plan, self._direct_or_levels()
-        if plan._call_number in self._unreceived:
+        if (plan.src_range == _NOT_RECEIVED).any():
             raise not_received()
         fields = {
             "dispatch of the plan": plan._call_number,

@@ -145,7 +145,11 @@ class ExpertBuffer(Connected):
         self.runtime: ExpertGroup | None = self._experts
 
     def destroy(self) -> None:
-        """Free connections and memory; later calls raise ClosedError. Local, idempotent, never blocks.
+        """Free connections and memory; later calls raise ClosedError. Local and idempotent.
+
+        Blocks as `tokenferry.ExpertGroup.close` does: on GPUs until the device has done what was queued; on CPUs over
+        the transport "process_group", between nodes too, for at most 5 s, if peers have yet to make a call that this
+        rank has made with a hook.
 
         Raises:
             ArgumentError: the buffer was made with ``explicitly_destroy=False``.
