@@ -392,7 +392,8 @@ class DecodeDispatched(Generic[Rows_co]):
         plan: The plan to pass to `decode_combine`.
         hook: With ``return_hook=True``, a function that receives the rows; otherwise it does nothing. It may be called
             on any stream; further calls have no effect. If it is never called, a later call receives the rows, or they
-            are dropped. Late or never, it holds up no later call, and takes no memory beyond that of its own rows.
+            are dropped. Late or never, it takes no memory beyond that of its own rows. On CPUs a rank sends at most 32
+            messages ahead of a peer; the next call then waits for that peer.
     """
 
     x: Rows_co

@@ -134,6 +134,7 @@ def test_choices_become_a_map(dtype):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
+        ({"topk_idx": [[0]]}, ShapeError, "topk_idx: expected torch.int64"),
         ({"topk_idx": INDEX.float()}, ShapeError, "topk_idx: expected torch.int64"),
         ({"topk_idx": INDEX + 2}, RoutingError, "topk_idx"),
         ({"topk_weights": WEIGHTS.double()}, ShapeError, "topk_weights: expected torch.float32"),

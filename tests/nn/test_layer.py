@@ -333,7 +333,7 @@ def test_experts_in_a_wrapper_that_repeats_them_are_refused():
 
 def test_parameters_with_hooks_are_not_replaced(worlds):
     for message in worlds(2).run(experts_with_hooks):
-        assert "experts: up: has hooks" in message
+        assert "MoELayer: experts: up: has hooks" in message
 
 
 def experts_with_hooks(rank, pg) -> str:

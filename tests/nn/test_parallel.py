@@ -142,10 +142,19 @@ def test_second_derivatives(worlds, tool):
         close("second", got, want, 1e-12)
 
 
+def test_second_derivatives_of_experts_on_some_ranks(worlds):
+    want = jobs.differentiated_alone(4)
+    for got in worlds(4).run(jobs.differentiated, "ddp", 2):
+        close("second", got, want, 1e-12)
+
+
 def test_second_derivatives_under_fsdp_raise(worlds):
     """It has let go of the weights that it gathered."""
     for message in worlds(2).run(jobs.differentiated, "fsdp"):
         assert "storage of size 0" in message
+
+
+HOWS = ("checkpointed", "reentrant", "wrapped", "experts again", "compiled")
 
 
 def same(results):
@@ -155,7 +164,7 @@ def same(results):
             close(name, got[name], value, 1e-12)
 
 
-@pytest.mark.parametrize("how", ["checkpointed", "reentrant", "wrapped", "compiled", "generated", "generated in place"])
+@pytest.mark.parametrize("how", [*HOWS, "generated", "generated in place"])
 @pytest.mark.parametrize("tool", ["ddp", "fsdp"])
 def test_models_under_a_tool_are_checkpointed_and_compiled(worlds, tool, how):
     same(worlds(2).run(jobs.run_otherwise, tool, how))
@@ -168,11 +177,15 @@ def test_models_with_experts_on_some_ranks_are_checkpointed_and_compiled(worlds,
 
 
 def test_smaller_groups_need_to_know_who_has_the_same_experts(worlds):
-    for missing, dimensions, kind, placed in worlds(4).run(jobs.small_groups):
+    for rank, messages in enumerate(worlds(4).run(jobs.small_groups)):
+        missing, dimensions, kind, placed, others, strangers = messages
         assert "replicate: the group of 'moe.0' has 2 of 4 ranks; pass the ranks that hold the same" in missing
         assert "replicate: expected one dimension, got [2, 2]" in dimensions
         assert "replicate: expected a mesh, a process group, False or None, got str" in kind
         assert "replicate: 'model' has a PlacedRouter" in placed
+        assert "expected this rank and others outside of the group of 'moe.0', which hold the same" in others
+        wrong = "hold different ones" if rank < 2 else "this rank is no member of the process group"
+        assert wrong in strangers
 
 
 @pytest.mark.parametrize("expert_ranks", [1, 2])

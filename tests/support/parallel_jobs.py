@@ -124,14 +124,33 @@ def small_groups(rank: int, pg: dist.ProcessGroup) -> list[str]:
         model, slots = Model(group, torch.float32), torch.arange(SHAPE.num_experts)
         router = PlacedRouter(Router(HIDDEN, SHAPE.num_experts, 2), Placement.of(slots, 2), group)
         placed = MoELayer(group, 12, router=router)
-        for given, replicate in ((model, None), (model, mesh), (model, "all"), (placed, mesh["replicate"])):
+        here = dist.new_group([0, 1])
+        for given, replicate in (
+            (model, None),
+            (model, mesh),
+            (model, "all"),
+            (placed, mesh["replicate"]),
+            (model, mesh["experts"]),
+            (model, dist.group.WORLD if rank < 2 else here),
+        ):
             try:
                 parallelize(given, replicate=replicate)
             except tokenferry.ConfigError as error:
                 messages.append(str(error))
         assert not hasattr(model, "_ddp_params_and_buffers_to_ignore")
+        before = {}
+        for name, parameter in model.moe.named_parameters():
+            if "experts" in name:
+                before[name] = parameter.to_local().detach()
+                before[name] += rank
+                before[name] = before[name] - (rank // 2) * 2
+        parallelize(model, replicate=mesh["replicate"].get_group())
+        for name, value in before.items():
+            got = model.moe.get_parameter(name).to_local().detach()
+            assert torch.allclose(got, value, atol=1e-5), f"{name} is not that of the first of the ranks that hold it"
+        parallelize(placed, replicate=False)
         parallelize(model, replicate=False)
-        assert [layer.replicas for layer in model.moe] == [None, None]
+        assert [layer.same_experts for layer in model.moe] == [None, None]
     return messages
 
 
@@ -148,7 +167,7 @@ def kept_by_parallelize(rank: int, pg: dist.ProcessGroup) -> None:
         try:
             parallelize(model, mesh)
         except tokenferry.ConfigError as error:
-            assert "down: has hooks, and would be replaced" in str(error)  # noqa: PT017 - in a rank
+            assert "parallelize: 'moe.1': experts: down: has hooks, and would be" in str(error)  # noqa: PT017 - in a rank
         else:
             raise AssertionError("hooks were lost")
         assert all(p is q for p, q in zip(model.parameters(), parameters, strict=True)), "some were replaced"
@@ -159,6 +178,12 @@ def kept_by_parallelize(rank: int, pg: dist.ProcessGroup) -> None:
         assert model.moe[0].experts.up.decay == 0.5
         for name, p in model.named_parameters():
             assert torch.equal(whole(p.grad), before[name]), name
+        model.zero_grad()
+        loss_of(DistributedDataParallel(model), batch(rank, torch.float32, 5)).backward()
+        for name, p in model.named_parameters():
+            if "experts" in name:
+                close = torch.allclose(whole(p.grad), before[name], rtol=1e-5, atol=1e-7)
+                assert close, f"{name}: an expert that two layers share is in DistributedDataParallel's reducer"
 
 
 def ignored_before(rank: int, pg: dist.ProcessGroup) -> float:
@@ -310,7 +335,8 @@ def run_otherwise(
         recipe.open_group(pg) as group,
     ):
         for how in ("eager", otherwise):
-            model = Model(group, torch.float64)
+            options = LayerOptions(checkpoint_experts=True) if how == "experts again" else None
+            model = Model(group, torch.float64, options)
             if how in ("checkpointed", "reentrant"):
                 for layer in model.moe:
                     layer.forward = partial(checkpoint, layer.forward, use_reentrant=how == "reentrant")
@@ -392,15 +418,16 @@ def second_derivative(model: nn.Module, loss: Tensor) -> Tensor:
     return whole(second)
 
 
-def differentiated(rank: int, pg: dist.ProcessGroup, tool: str) -> Tensor | str:
+def differentiated(rank: int, pg: dist.ProcessGroup, tool: str, expert_ranks: int | None = None) -> Tensor | str:
     """Return a second derivative under a tool, or the error of torch."""
-    with open_group(pg) as group:
-        model = prepared(Model(group, torch.float64), Recipe(tool), pg)
+    recipe = Recipe(tool, expert_ranks=expert_ranks)
+    with recipe.open_group(pg) as group:
+        model = prepared(Model(group, torch.float64), recipe, pg)
         try:
             second = second_derivative(model, loss_of(model, batch(rank, torch.float64, 5)))
         except RuntimeError as error:
             return str(error)
-        return second * pg.size()  # of the sum over ranks, not of the mean
+        return second * (expert_ranks or pg.size())  # of the sum, not of the mean
 
 
 def differentiated_alone(num_ranks: int) -> Tensor:

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import tokenferry
 from tokenferry import MoeShape, Routing
-from tokenferry.nn import MoELayer, Router, clip_grad_norm_, parallelize
+from tokenferry.nn import LayerOptions, MoELayer, Router, clip_grad_norm_, parallelize
 
 EXPERTS, TOP_K, HIDDEN, FFN = 8, 2, 16, 12
 TOKENS = (5, 3, 8, 6)
@@ -84,12 +84,14 @@ class Fixed(nn.Module):
 class Model(nn.Module):
     """Two layers of experts between dense ones."""
 
-    def __init__(self, group: tokenferry.ExpertGroup, dtype: torch.dtype) -> None:
+    def __init__(self, group: tokenferry.ExpertGroup, dtype: torch.dtype, options: LayerOptions | None = None) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.first = nn.Linear(HIDDEN, HIDDEN)
         fixed = dtype == torch.float64
-        self.moe = nn.ModuleList(MoELayer(group, FFN, router=Fixed() if fixed else None, seed=seed) for seed in (1, 2))
+        self.moe = nn.ModuleList(
+            MoELayer(group, FFN, router=Fixed() if fixed else None, seed=seed, options=options) for seed in (1, 2)
+        )
         self.last = nn.Linear(HIDDEN, HIDDEN)
         self.to(dtype)
         if not self.first.weight.is_meta:

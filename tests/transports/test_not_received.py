@@ -11,7 +11,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from support.transport_pair import PATIENCE_S, connected, exchange, post, receive
+from support.transport_pair import HEADER, PATIENCE_S, connected, exchange, post, receive
 from tokenferry.errors import PeerTimeout
 from tokenferry.transports.base import MOST_AWAITED, CallId, Deadline
 from tokenferry.transports.process_group import ProcessGroupTransport
@@ -178,6 +178,71 @@ def test_what_a_rank_that_leaves_says_is_found_behind_forgotten_calls(gloo):
         with pytest.raises(PeerTimeout, match="rank 1: it left the group: no more"):
             receive(zero, 3, 1)
         leaving.result(PATIENCE_S)
+
+
+def test_a_rank_that_has_left_is_named_in_every_later_call(gloo):
+    """Whichever call finds it first: one that cannot await more, one after it, or an older one that waited."""
+    zero, one = gloo
+    for number in range(1, MOST_AWAITED + 1):
+        post(zero, number, 10)
+    with ThreadPoolExecutor(1) as pool:
+        leaving = pool.submit(one.leave, "no more", wait=True)
+        for number in (MOST_AWAITED + 1, MOST_AWAITED + 2):
+            post(zero, number, 10)
+            with pytest.raises(PeerTimeout, match="rank 1: it left the group: no more"):
+                receive(zero, number, 1)
+        with pytest.raises(PeerTimeout, match="rank 1: it left the group: no more"):
+            receive(zero, 1, 1)
+        leaving.result(PATIENCE_S)
+
+
+def test_a_rank_that_has_gone_makes_no_call_take_a_segment():
+    with connected() as (zero, one):
+        exchange((zero, one), 1, 1000)
+        one.close(linger=False)
+        for number in range(2, 200):
+            post(zero, number, 1000)
+            zero.forget(call(number))
+        assert len(zero._segments) < FEW
+        assert len(zero._peers[1].awaited) <= MOST_AWAITED
+
+
+@pytest.mark.parametrize("patient", [False, True])
+def test_a_rank_that_is_far_behind_is_waited_for_once(patient):
+    """If silent ranks are masked, half of the time is left to the call that finds out which are."""
+    with connected() as (zero, _):
+        zero.patient = patient
+        for number in range(1, MOST_AWAITED + 1):
+            post(zero, number, 10)
+            zero.forget(call(number))
+        number, deadline = MOST_AWAITED + 1, Deadline(0.4)
+        zero.open(call(number), [10, 10])
+        if not patient:
+            with pytest.raises(
+                PeerTimeout, match=r"test #33: rank 0 waited \S+ s for rank 1: no answer within timeout_s"
+            ):
+                zero.post(call(number), [HEADER, HEADER], deadline)
+            return
+        zero.post(call(number), [HEADER, HEADER], deadline)
+        assert deadline.waited() >= 0.2
+
+
+def test_a_header_that_came_in_a_later_call_is_compared(gloo):
+    """Before its body is awaited, which may never come: its sender may have found out first."""
+    zero, one = gloo
+    post_on_both(gloo, 1)
+    post_on_both(gloo, 2)
+    receive(zero, 2, 1)
+    compared = []
+
+    def check(src: int, header: tuple[int, ...]) -> None:
+        compared.append((src, header))
+
+    for src in (1, 0):
+        zero.receive(call(1), src, Deadline(PATIENCE_S), check)
+    assert compared == [(1, HEADER)], "not once"
+    receive(one, 1, 0)
+    receive(one, 2, 0)
 
 
 # ---------------------------------------------------------------------- received late

@@ -20,6 +20,7 @@ from torch import Tensor
 from tokenferry.api import ExpertGroup, find_group
 from tokenferry.autograd.common import NARROWEST_HIDDEN, carriers, own_weights, zero_empty_rows, zeroing
 from tokenferry.autograd.generated_code import keep_order
+from tokenferry.autograd.sums import sum_over
 from tokenferry.formats import fp8
 from tokenferry.layout import row_capacity
 from tokenferry.types import (
@@ -403,7 +404,7 @@ combine.register_autograd(_combine_backward, setup_context=_combine_setup)
 
 
 def _keep_order() -> None:
-    keep_order([op._opoverload for op in (dispatch, redispatch, combine)])
+    keep_order([op._opoverload for op in (dispatch, redispatch, combine, sum_over)])
 
 
 # ---------------------------------------------------------------------- along a plan

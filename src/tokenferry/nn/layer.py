@@ -20,7 +20,7 @@ from tokenferry.nn.options import LayerOptions
 from tokenferry.nn.precision import NARROW, autocast_dtype
 from tokenferry.nn.recomputing import recomputing
 from tokenferry.nn.router import GroupLimit, Router
-from tokenferry.nn.sharding import Replicas, averaged_gradient, expert_mesh, shard_parameters
+from tokenferry.nn.sharding import SameExperts, averaged_gradient, expert_mesh, shard_parameters
 from tokenferry.topology import most_nodes
 from tokenferry.types import Routing
 
@@ -79,7 +79,8 @@ class MoELayer(nn.Module):
         shared: The module for all tokens, or None.
         expert_counts: ``[L]`` int32: rows that this rank's experts received in the last forward, from all ranks; None
             before the first.
-        replicas: Which ranks hold the same experts as this one, if `parallelize` was told: backward averages over them.
+        same_experts: Which ranks hold the same experts as this one, if `parallelize` was told: backward averages over
+            them.
 
     Raises:
         ConfigError: ``ffn_hidden`` or ``seed`` is out of range; not exactly one of ``ffn_hidden`` and ``experts`` is
@@ -130,7 +131,7 @@ class MoELayer(nn.Module):
             self._draw_experts()
         self.shared = self.options.shared
         self._sharded = False
-        self.replicas: Replicas | None = None
+        self.same_experts: SameExperts | None = None
         self.register_load_state_dict_pre_hook(_refuse_other_experts)  # type: ignore[no-untyped-call]
         mesh = expert_mesh(group)
         if mesh is not None:
@@ -195,7 +196,7 @@ class MoELayer(nn.Module):
         parts = self._local_experts()
         if isinstance(self.router, PlacedRouter):
             parts = share_gradients(self.group, self.router.placement, parts)
-        parts = {name: averaged_gradient(part, num_ranks, self.replicas) for name, part in parts.items()}
+        parts = {name: averaged_gradient(part, num_ranks, self.same_experts) for name, part in parts.items()}
         dtypes = {part.dtype for part in parts.values()} & {*NARROW, torch.float32, torch.float64}
         narrow = autocast_dtype(rows.device.type)
         if narrow is None and rows.dtype in NARROW and torch.float32 in dtypes:
@@ -288,7 +289,10 @@ class MoELayer(nn.Module):
         return {name: weight.to_local() for name, weight in weights.items()} if self._sharded else weights
 
     def expert_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters of which each rank holds its own part: do not reduce their gradients."""
+        """Return the parameters of which each rank of the group holds its own part: do not reduce their gradients.
+
+        Of a group of one rank that holds if no other rank trains; else they are parameters like others.
+        """
         return list(self.experts.parameters())
 
     def replicated_parameters(self) -> list[nn.Parameter]:

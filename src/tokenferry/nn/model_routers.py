@@ -62,8 +62,8 @@ def update_biases(model: nn.Module, *, rate: float = 0.001) -> None:
     The balancing without an auxiliary loss of DeepSeek-V3 (arXiv 2412.19437, section 2.1.2). Call it after each step of
     the optimizer.
 
-    Contract: collective, one all-reduce over each process group, and one over the replicas that `parallelize` was told
-    of; every rank gets the same biases. Loads are those of
+    Contract: collective, one all-reduce over each process group, and one over the ranks with the same experts that
+    `parallelize` was told of; every rank gets the same biases. Loads are those of
     forward passes in training mode; a pass that a checkpoint repeats does not count, unless it is compiled.
 
     Args:
@@ -95,8 +95,8 @@ def update_biases(model: nn.Module, *, rate: float = 0.001) -> None:
 def _groups(layer: MoELayer) -> tuple[dist.ProcessGroup, ...]:
     """Return the process groups over which the loads of a layer are added up, one after the other."""
     groups = [] if layer.group.num_ranks == 1 else [layer.group.process_group]
-    if layer.replicas is not None:
-        groups.append(layer.replicas.group)
+    if layer.same_experts is not None:
+        groups.append(layer.same_experts.group)
     return tuple(group for group in groups if group is not None)
 
 

@@ -25,7 +25,6 @@ class LayerOptions:
         dispatch: How rows are delivered to the experts: ``Layout.EXPERTS``, with any alignment. With
             ``counts="device"`` forward does not wait for the counts, and experts get ``capacity`` rows, of which those
             past the last offset hold no data; their memory and computation are those of the capacity.
-
         checkpoint_experts: Keep of the experts only their rows for backward, and compute them again there: activation
             checkpointing without a second exchange.
 

@@ -10,7 +10,7 @@ from torch import nn
 from tokenferry.errors import ConfigError
 from tokenferry.nn.balance.routing import PlacedRouter
 from tokenferry.nn.layer import MoELayer
-from tokenferry.nn.sharding import Replicas, by_place, check_hooks
+from tokenferry.nn.sharding import SameExperts, by_place, check_hooks
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -38,15 +38,18 @@ def parallelize(
         experts = parallelize(model, mesh["experts"], replicate=mesh["replicate"])
         fully_shard(model, mesh=mesh, ignored_params=experts)       # or DistributedDataParallel(model)
 
-    Contract: local; replaces the parameters if ``mesh`` is another than theirs: call it before the optimizer is made,
-    and before hooks are registered, on every rank. Gradients and attributes of parameters are kept, and parameters that
-    are one stay one. What DistributedDataParallel was told to ignore before stays ignored.
+    Contract: local, without ``replicate``; with a mesh or a process group there collective over these ranks, which get
+    the experts of the first of them, as DistributedDataParallel does it with the rest. Replaces the parameters if
+    ``mesh`` is another than theirs: call it before the optimizer is made, and before hooks are registered, on every
+    rank. Gradients and attributes of parameters are kept, and parameters that are one stay one. What
+    DistributedDataParallel was told to ignore before stays ignored.
 
     Args:
         model: A module with any number of `MoELayer`, which may be on the meta device.
         mesh: One dimension with the ranks of the layers' groups, in their order: the mesh of ``fully_shard``, or a
-            slice of it. Torch's clipping and foreach optimizers take parameters of one mesh only; `clip_grad_norm_` of
-            this module takes any. None: the layers keep their own, which is enough for DistributedDataParallel.
+            slice of it. Torch's `clip_grad_norm_`, and foreach optimizers of some versions, take parameters of one mesh
+            only; `clip_grad_norm_` of this module takes any. None: the layers keep their own, which is enough for
+            DistributedDataParallel.
         replicate: The ranks that hold the same experts as this one, itself included, if the groups of the layers are
             smaller than the default process group; False: there are none, as where the others are other stages of a
             pipeline. Layers must not have a `PlacedRouter` then, whose placements differ between groups.
@@ -57,31 +60,33 @@ def parallelize(
 
     Raises:
         ConfigError: the model has no `MoELayer`; ``mesh`` has more than one dimension, or other ranks or another device
-            type than the group of one of them; ``replicate`` is missing, has more than one dimension, or a group of
-            which this rank is no member, or meets a `PlacedRouter`; or a parameter that is to be replaced has hooks.
+            type than the group of one of them; ``replicate`` is missing, has more than one dimension, leaves this rank
+            out, has other ranks of a layer's group, which hold other experts, or meets a `PlacedRouter`; or a parameter
+            that is to be replaced has hooks.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
     if not layers:
         raise ConfigError("parallelize: model: expected a module with at least one MoELayer, found none")
     spread = {name: layer for name, layer in layers.items() if layer.group.num_ranks > 1}
+    same_experts = _same_experts(replicate)
     for name, layer in layers.items():
-        _check_replicas(name, layer, told=replicate is not None)
-        if replicate and isinstance(layer.router, PlacedRouter):
-            raise ConfigError(
-                f"parallelize: replicate: {name or 'model'!r} has a PlacedRouter, and each group may place its experts "
-                "elsewhere; use one group of all ranks"
-            )
-    replicas = _replicas(replicate)
+        _check_told(name, layer, told=replicate is not None)
+        if same_experts is not None:
+            _check_same(same_experts, name, layer)
     if mesh is not None:
         for name, layer in spread.items():
             _check_mesh(mesh, name, layer)
-            check_hooks(layer.experts, mesh)
+            check_hooks(f"parallelize: {name or 'model'!r}", layer.experts, mesh)
         known: dict[nn.Parameter, nn.Parameter] = {}
         for layer in spread.values():
             layer.place_experts(mesh, known)
     for layer in layers.values():
-        layer.replicas = replicas
+        layer.same_experts = same_experts
     experts = {parameter for layer in spread.values() for parameter in layer.expert_parameters()}
+    if same_experts is not None:
+        for layer in spread.values():
+            for parameter in layer.expert_parameters():
+                same_experts.share(parameter)
     # It asks by both kinds of names, which differ where torch's wrappers are.
     names = {
         name
@@ -95,7 +100,7 @@ def parallelize(
     return experts
 
 
-def _check_replicas(name: str, layer: MoELayer, *, told: bool) -> None:
+def _check_told(name: str, layer: MoELayer, *, told: bool) -> None:
     """Raise ConfigError if there are ranks outside of the group of a layer, and nobody has said what they hold."""
     num_ranks, all_ranks = layer.group.num_ranks, dist.get_world_size() if dist.is_initialized() else 1
     if num_ranks < all_ranks and not told:
@@ -106,23 +111,41 @@ def _check_replicas(name: str, layer: MoELayer, *, told: bool) -> None:
         )
 
 
-def _replicas(replicate: DeviceMesh | dist.ProcessGroup | Literal[False] | None) -> Replicas | None:
+def _same_experts(replicate: DeviceMesh | dist.ProcessGroup | Literal[False] | None) -> SameExperts | None:
     """Return the ranks that hold the same experts, or None if no other does."""
     if replicate is None or replicate is False:
         return None
+    if replicate == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ConfigError("parallelize: replicate: this rank is no member of the process group; pass its own")
     if not isinstance(replicate, dist.ProcessGroup):
-        if getattr(replicate, "ndim", 1) != 1:
+        if not hasattr(replicate, "get_group"):
+            got = type(replicate).__name__
+            raise ConfigError(f"parallelize: replicate: expected a mesh, a process group, False or None, got {got}")
+        if replicate.ndim != 1:
             raise ConfigError(
                 f"parallelize: replicate: expected one dimension, got {list(replicate.shape)}; pass a slice of the "
                 "mesh, e.g. mesh['replicate']"
             )
-        if not hasattr(replicate, "get_group"):
-            got = type(replicate).__name__
-            raise ConfigError(f"parallelize: replicate: expected a mesh, a process group, False or None, got {got}")
         replicate = replicate.get_group()
-    if replicate.rank() < 0:
-        raise ConfigError("parallelize: replicate: this rank is no member of the process group; pass its own")
-    return Replicas(replicate) if replicate.size() > 1 else None
+    return SameExperts(replicate) if replicate.size() > 1 else None
+
+
+def _check_same(same_experts: SameExperts, name: str, layer: MoELayer) -> None:
+    """Raise ConfigError if ranks with the same experts are said to be in the group of a layer, which spreads them."""
+    if isinstance(layer.router, PlacedRouter):
+        raise ConfigError(
+            f"parallelize: replicate: {name or 'model'!r} has a PlacedRouter, and each group may place its experts "
+            "elsewhere; use one group of all ranks"
+        )
+    if layer.group.process_group is None:
+        return
+    told = dist.get_process_group_ranks(same_experts.group)
+    group = dist.get_process_group_ranks(layer.group.process_group)
+    if set(told) & set(group) != {dist.get_rank()}:
+        raise ConfigError(
+            f"parallelize: replicate: expected this rank and others outside of the group of {name or 'model'!r}, which "
+            f"hold the same experts, got {told}; the ranks of the group, {group}, hold different ones"
+        )
 
 
 def _check_mesh(mesh: DeviceMesh, name: str, layer: MoELayer) -> None:

@@ -263,7 +263,7 @@ class Router(nn.Module):
         bias = self.bias
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if bias is not None and self.bias is not None and self.bias.dtype in NARROW:
-            self.bias = bias.to(self.bias.device)
+            self.bias = bias.to(self.bias.device, torch.float32)  # its steps would be lost
         return self
 
     def __getstate__(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tokenferry.autograd.sums import sum_over
 from tokenferry.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def sharded(part: Tensor, mesh: DeviceMesh) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Replicas:
+class SameExperts:
     """The ranks that hold the same experts as this one, each in a group of its own: data parallelism of experts.
 
     Attributes:
@@ -50,37 +51,37 @@ class Replicas:
         """How many they are."""
         return self.group.size()
 
-    @property
-    def name(self) -> str:
-        """The name of their process group."""
-        return self.group.group_name
+    def share(self, parameter: nn.Parameter) -> None:
+        """Give a parameter of these ranks the values that it has on the first of them. Collective."""
+        part = local_part(parameter).detach()
+        if not part.is_meta:
+            values = part.contiguous()
+            dist.broadcast(values, group_src=0, group=self.group)
+            part.copy_(values)
 
-    def __deepcopy__(self, memo: dict[int, object]) -> Replicas:
+    def __deepcopy__(self, memo: dict[int, object]) -> SameExperts:
         return self  # so that copies of a model, such as a moving average, share it
 
 
 def by_place(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters of a module by their places among its modules, each once.
+    """Return the parameters of a module by their places among its modules; one that is in several, by each of them.
 
     `named_parameters` of torch's wrappers leaves the wrapper out of the names.
     """
-    found: dict[str, nn.Parameter] = {}
-    seen = set[nn.Parameter]()
-    for place, part in module.named_modules():
-        for name, parameter in part.named_parameters(recurse=False):
-            if parameter not in seen:
-                seen.add(parameter)
-                found[f"{place}.{name}" if place else name] = parameter
-    return found
+    return {
+        f"{place}.{name}" if place else name: parameter
+        for place, part in module.named_modules()
+        for name, parameter in part.named_parameters(recurse=False)
+    }
 
 
-def check_hooks(module: nn.Module, mesh: DeviceMesh) -> None:
-    """Raise ConfigError if `shard_parameters` would lose hooks of a parameter. Local."""
+def check_hooks(call: str, module: nn.Module, mesh: DeviceMesh) -> None:
+    """Raise ConfigError, in the name of ``call``, if `shard_parameters` would lose hooks of a parameter. Local."""
     for name, parameter in by_place(module).items():
         hooks = [getattr(parameter, kind, None) for kind in ("_backward_hooks", "_post_accumulate_grad_hooks")]
         if any(hooks) and getattr(parameter, "device_mesh", None) != mesh:
             raise ConfigError(
-                f"experts: {name}: has hooks, and would be replaced by a parameter without them; register them "
+                f"{call}: experts: {name}: has hooks, and would be replaced by a parameter without them; register them "
                 "afterwards"
             )
 
@@ -100,7 +101,7 @@ def shard_parameters(
         ConfigError: a parameter has hooks, which would be lost; nothing of the module was replaced.
     """
     known = {} if known is None else known
-    check_hooks(module, mesh)
+    check_hooks("MoELayer", module, mesh)
     for part in module.modules():
         for name, old in part.named_parameters(recurse=False):
             if getattr(old, "device_mesh", None) == mesh:
@@ -128,14 +129,14 @@ def local_with_gradient(parameter: nn.Parameter) -> Tensor:
     return part
 
 
-def averaged_gradient(weight: Tensor, num_ranks: int, replicas: Replicas | None = None) -> Tensor:
-    """Return ``weight``; in backward its gradient, a sum over ranks, becomes the mean over them and over replicas.
+def averaged_gradient(weight: Tensor, num_ranks: int, same_experts: SameExperts | None = None) -> Tensor:
+    """Return ``weight``; in backward its gradient, a sum over ranks, becomes the mean over all who train.
 
-    Contract: backward is collective over the replicas, if there are any.
+    Contract: backward is collective over the ranks with the same experts, if there are any.
     """
     if num_ranks == 1:
         return weight
-    name, num = ("", 1) if replicas is None else (replicas.name, replicas.num)
+    name, num = (None, 1) if same_experts is None else (same_experts.group.group_name, same_experts.num)
     out: Tensor = _AveragedGradient.apply(weight, num_ranks * num, name)  # type: ignore[no-untyped-call]
     return out
 
@@ -164,44 +165,25 @@ class _Context(Protocol):
     """The state that forward saves for backward."""
 
     num_ranks: int
-    replicas: str
+    process_group: str | None
 
 
 class _AveragedGradient(torch.autograd.Function):
-    """Divide the gradient by ``num_ranks``, and add up those of ``replicas``, a process group, unless that is empty."""
+    """Divide the gradient by ``num_ranks``, and add up those of all ranks of ``process_group``, if there is one."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(weight: Tensor, num_ranks: int, replicas: str) -> Tensor:
+    def forward(weight: Tensor, num_ranks: int, process_group: str | None) -> Tensor:
         return weight.view_as(weight)
 
     @staticmethod
     def setup_context(ctx: _Context, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.num_ranks, ctx.replicas = inputs
+        _, ctx.num_ranks, ctx.process_group = inputs
 
     @staticmethod
     def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None, None]:
         mean = grad / ctx.num_ranks
-        if ctx.replicas:
-            mean = _Sum.apply(mean, ctx.replicas)  # type: ignore[no-untyped-call]
+        if ctx.process_group is not None:
+            mean = sum_over(mean, ctx.process_group)
         return mean, None, None
-
-
-class _Sum(torch.autograd.Function):
-    """Add up a tensor over a process group; in backward its gradient likewise. torch.compile knows these operators."""
-
-    @staticmethod
-    def forward(x: Tensor, replicas: str) -> Tensor:
-        operators = torch.ops._c10d_functional
-        total: Tensor = operators.wait_tensor(operators.all_reduce(x.contiguous(), "sum", replicas))
-        return total
-
-    @staticmethod
-    def setup_context(ctx: _Context, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.replicas = inputs
-
-    @staticmethod
-    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None]:
-        total: Tensor = _Sum.apply(grad, ctx.replicas)  # type: ignore[no-untyped-call]
-        return total, None

@@ -88,12 +88,14 @@ class _Incoming:
         header: Where its header is received, behind the number up to which the peer has received, and the body's size.
         work: Receives the header, then the body; None: nothing is under way.
         message: None until the header has come.
+        checked: Whether the header has been compared with the call, if it can be.
     """
 
     number: int
     header: Tensor
     work: dist.Work | None
     message: Message | None = None
+    checked: bool = False
 
     @property
     def complete(self) -> bool:
@@ -156,6 +158,7 @@ class ProcessGroupTransport:
         # By peer, and by number: there may be messages of calls that this rank has forgotten, too.
         self._outgoing: list[deque[_Outgoing]] = [deque() for _ in range(self.num_ranks)]
         self._incoming: list[deque[_Incoming]] = [deque() for _ in range(self.num_ranks)]
+        self._reasons: dict[int, str] = {}  # of peers that have left
         self._watch = Watch(processes, partial(_fail, group, self._tag))
         self._next_numbers = [1] * self.num_ranks
 
@@ -187,6 +190,10 @@ class ProcessGroupTransport:
         """
         current = self._in_flight[call.number]
         current.raise_failed()
+        for peer, incoming in current.incoming.items():
+            if check is not None and incoming.message is not None and not incoming.checked:  # it came in a later call
+                incoming.checked = True
+                check(peer, incoming.message.header)
         awaited = [peer for peer, incoming in current.incoming.items() if incoming.message is None]
         for step, peer in enumerate(awaited):
             # The call cannot end before the headers of the others have come, too.
@@ -230,9 +237,9 @@ class ProcessGroupTransport:
         for current in self._in_flight.values():
             current.incoming.pop(src, None)
             current.failed.pop(src, None)
-            outgoing = current.outgoing.pop(src, None)
-            if outgoing is not None:
-                outgoing.owed = 0
+            current.outgoing.pop(src, None)
+        for outgoing in self._outgoing[src]:
+            outgoing.owed = 0
 
     def announce_call(self, number: int, skip: frozenset[int]) -> None:
         """Do nothing: no rank returns after a timeout, which ends the process group. See `Transport.announce_call`."""
@@ -342,6 +349,8 @@ class ProcessGroupTransport:
         Returns:
             PeerTimeout | None: the error to raise, if the peer has left the group instead of sending them.
         """
+        if peer in self._reasons:
+            return self._has_left(call, peer, deadline)
         for incoming in list(self._incoming[peer]):
             if incoming.number > last.number:
                 break
@@ -355,6 +364,7 @@ class ProcessGroupTransport:
                     return self._left(call, peer, size, tag, deadline)
                 self._let_go(peer, received)
                 if check is not None and incoming is last:
+                    incoming.checked = True
                     check(peer, tuple(header))
                 body = torch.empty(size, dtype=torch.uint8, device="cpu")
                 incoming.work = self._start("recv", body, peer, call, tag) if size else None
@@ -391,7 +401,12 @@ class ProcessGroupTransport:
         """Receive the reason why a peer left the group, and return the error to raise."""
         text = torch.empty(size, dtype=torch.uint8, device="cpu")
         self._wait(self._start("recv", text, peer, call, tag), call, peer, deadline)
-        why = f"it left the group: {bytes(text.tolist()).decode(errors='replace')}"
+        self._reasons[peer] = bytes(text.tolist()).decode(errors="replace")
+        return self._has_left(call, peer, deadline)
+
+    def _has_left(self, call: CallId, peer: int, deadline: Deadline) -> PeerTimeout:
+        """Return the error to raise for a message of a peer that has left the group."""
+        why = f"it left the group: {self._reasons[peer]}"
         return peer_timeout(call, self.rank, [peer], why, deadline.waited(), self._last_messages.describe(peer))
 
     def _tag_of(self, number: int) -> int:

@@ -148,9 +148,10 @@ class SharedMemoryTransport:
         current.sent_to = frozenset(self._peers) - skip
         current.expected = set(current.sent_to)
         self._last_call = call.number
-        self._let_catch_up(current.sent_to, deadline)
+        self._let_catch_up(call, current.sent_to, deadline)
+        here = frozenset(rank for rank in current.sent_to if self._peers[rank].sends_more())
         if segment is not None:
-            segment.call, segment.readers = call.number, current.sent_to
+            segment.call, segment.readers = call.number, here  # a peer that has left reads nothing, and says nothing
         for rank in sorted(current.expected):
             size = current.buffers[rank].numel()
             number = segment.number if segment is not None and size else 0
@@ -165,16 +166,27 @@ class SharedMemoryTransport:
         for rank, peer in self._peers.items():
             if rank in skip:
                 peer.inbox.pop(call.number, None)
-            elif call.number not in peer.inbox:
+            elif rank in here and call.number not in peer.inbox:
                 peer.awaited.add(call.number)
 
-    def _let_catch_up(self, ranks: frozenset[int], deadline: Deadline) -> None:
-        """Wait for peers that are many messages behind. If they stay silent, that is no error here, as in `post`."""
-        for peer in (self._peers[rank] for rank in ranks):
+    def _let_catch_up(self, call: CallId, ranks: frozenset[int], deadline: Deadline) -> None:
+        """Wait for peers that are many messages behind.
+
+        If silent ranks are to be masked, that is for `receive` to decide, and half of the time is left to it.
+
+        Raises:
+            PeerTimeout: a peer stays silent, and silent ranks are not masked.
+        """
+        least = deadline.left() / 2 if self.patient else 0.0
+        for rank in sorted(ranks):
+            peer = self._peers[rank]
             while len(peer.awaited) >= MOST_AWAITED and peer.sends_more():
-                if deadline.left() == 0:
+                if deadline.left() <= least:
+                    if not self.patient:
+                        why, last = "no answer within timeout_s", self._last_messages.describe(rank)
+                        raise peer_timeout(call, self.rank, [rank], why, deadline.waited(), last)
                     peer.awaited.clear()  # not in every call once more
-                self._progress(deadline.left())
+                self._progress(max(deadline.left() - least, 0.0))
 
     def receive(self, call: CallId, src: int, deadline: Deadline, check: Check | None = None) -> Message:
         """Wait for the notice of ``src`` and return a view of its segment. See `Transport.receive`."""

@@ -22,7 +22,7 @@ from tokenferry.backends.cpu.exchange import Exchange
 from tokenferry.backends.cpu.levels import Levels
 from tokenferry.backends.cpu.route import Direct, Route
 from tokenferry.backends.cpu.two_levels import TwoLevels
-from tokenferry.errors import ArgumentError, BackendUnavailable, ResourceError, ShapeError
+from tokenferry.errors import ArgumentError, BackendUnavailable, ResourceError
 from tokenferry.topology import Topology
 from tokenferry.transports.refused import resource_error
 from tokenferry.transports.rendezvous import Wanted, connect
@@ -168,7 +168,6 @@ class CpuBackend:
     def dispatch(self, request: DispatchRequest) -> Dispatched[Tensor | Quantized]:
         """See `tokenferry.backends.cpu.dispatch`."""
         _check_no_sms("dispatch", request.num_sms)
-        _check_rows("dispatch", "x", request.x)
         self._exchange.catch_up()
         return dispatch.dispatch(self._exchange, self._route, self.key, request)
 
@@ -176,7 +175,6 @@ class CpuBackend:
     def redispatch(self, request: RedispatchRequest) -> Dispatched[Tensor | Quantized]:
         """See `tokenferry.backends.cpu.dispatch`."""
         _check_no_sms("redispatch", request.num_sms)
-        _check_rows("redispatch", "x", request.x)
         self._exchange.catch_up()
         return dispatch.redispatch(self._exchange, self._route, request)
 
@@ -184,33 +182,20 @@ class CpuBackend:
     def combine(self, request: CombineRequest) -> Combined:
         """See `tokenferry.backends.cpu.combine`."""
         _check_no_sms("combine", request.num_sms)
-        _check_rows("combine", "y", request.y)
         self._exchange.catch_up()
         return combine.combine(self._exchange, self._route, request)
 
     @torch.no_grad()
     def decode_dispatch(self, request: DecodeDispatchRequest) -> DecodeDispatched[Tensor | Quantized]:
         """See `tokenferry.backends.cpu.decode`."""
-        _check_rows("decode_dispatch", "x", request.x)
         self._exchange.catch_up()
         return self._decoder.dispatch(request)
 
     @torch.no_grad()
     def decode_combine(self, request: DecodeCombineRequest) -> DecodeCombined:
         """See `tokenferry.backends.cpu.decode`."""
-        _check_rows("decode_combine", "y", request.y)
         self._exchange.catch_up()
         return self._decoder.combine(request)
-
-
-def _check_rows(call: str, name: str, rows: Tensor | Quantized) -> None:
-    """Raise ShapeError for views that negate or conjugate what they read: their bytes cannot be sent."""
-    for part in (rows.data, rows.scale) if isinstance(rows, Quantized) else (rows,):
-        if part.is_neg() or part.is_conj():
-            raise ShapeError(
-                f"{call}: {name}: expected a tensor whose memory holds its values, got one that is negated or "
-                "conjugated when it is read; call .resolve_neg() or .resolve_conj()"
-            )
 
 
 def _check_no_sms(call: str, num_sms: int | None) -> None:

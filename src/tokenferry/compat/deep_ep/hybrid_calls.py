@@ -138,8 +138,6 @@ def resolved(group: ExpertGroup, num_tokens: int, given: Arguments) -> Chosen:
         check.given("the experts", E=E).tensor("probs", probs, "T E", _FLOAT32)
     elif given.topk_weights is not None and index is not None:
         probs = spread(detached(check.tensor("topk_weights", given.topk_weights, "T K", _FLOAT32)), index, E)
-    if index is not None:
-        index = _without_repeats(index)
     check_flags(DISPATCH, non_blocking=given.non_blocking)
     if given.num_permuted_tokens is not None:
         check_integer(DISPATCH, "num_permuted_tokens", given.num_permuted_tokens, 1)
@@ -263,6 +261,8 @@ def dispatch(
         views.of(routing_map.shape[1], 1, width(rows), ANY_NUM_TOKENS)  # says what is wrong before anything is sent
         most = routing_map.sum(1).amax(dim=0, keepdim=True) if len(routing_map) else _zero(views, torch.int64)
         index = _indices(routing_map, max(1, int(_gathered(views, most).amax().item())))
+    else:
+        index = _without_repeats(index)
     options = DispatchOptions(Layout.EXPERTS, alignment=A, zero_padding=A > 1)
     sent = _sent(views, rows, chosen, index, ANY_NUM_TOKENS, options, num_sms)
     padded = [round_up(count, A) for count in sent.host_counts or ()]

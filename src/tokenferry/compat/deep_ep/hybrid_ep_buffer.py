@@ -32,12 +32,14 @@ def indices_to_map(
 
     Raises:
         ArgumentError: a number is not an integer, or out of range.
-        ShapeError, RoutingError: a tensor is wrong; names it.
+        ShapeError: a tensor is wrong; names it.
+        RoutingError: on the CPU, an expert is out of range. On a GPU that is undefined behaviour, as in DeepEP.
     """
     call = "indices_to_map"
     check_integer(call, "num_of_tokens", num_of_tokens, 0)
     check_integer(call, "num_of_experts", num_of_experts, 1)
-    check = Checks(call, topk_idx.device).given("num_of_tokens", T=num_of_tokens)
+    device = topk_idx.device if isinstance(topk_idx, Tensor) else torch.device("cpu")
+    check = Checks(call, device).given("num_of_tokens", T=num_of_tokens)
     check.tensor("topk_idx", topk_idx, "T K", INDICES)
     if topk_idx.device.type == "cpu":
         check.experts("topk_idx", topk_idx, num_of_experts)
