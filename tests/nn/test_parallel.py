@@ -5,6 +5,7 @@ import torch
 
 import tokenferry
 from support import parallel_jobs as jobs
+from support.closeness import all_close, close, same_training
 from support.training_jobs import LIMIT, OTHERS, SHAPE, Model, Recipe, train, train_alone
 from tokenferry.nn import GradScaler
 from tokenferry.testing.world import WorldError
@@ -24,28 +25,13 @@ def name_of(recipe):
     return f"{recipe.tool}-{recipe.dtype}-{recipe.optimizer}{spread}"
 
 
-def close(what, got, want, within):
-    """Compare by norm: single numbers of a sum in float32 may cancel."""
-    assert (got.shape, got.dtype) == (want.shape, want.dtype), what
-    error = float((got - want).norm() / want.norm().clamp_min(1e-30))
-    assert error <= within, f"{what}: relative error {error:.1e}"
-
-
 @pytest.mark.parametrize("recipe", RECIPES, ids=name_of)
 def test_four_ranks_are_one_process(worlds, recipe):
     """One rule for losses and gradients, norms, clipping, optimizers and moving averages."""
     want, results = train_alone(recipe), worlds(4).run(train, recipe)
     within = 1e-12 if recipe.dtype == torch.float64 else 1e-6
     assert min(want["norms"]) > LIMIT, "clipping is not tried"
-    for got in results:
-        for kind in ("losses", "norms"):
-            for i in range(3):
-                close(f"{kind} {i}", got[kind][i], want[kind][i], within)
-        for kind in got.keys() - {"losses", "norms"}:
-            assert got[kind].keys() == want[kind].keys()
-            for name, value in want[kind].items():
-                close(f"{kind} {name}", got[kind][name], value, within)
-                assert torch.equal(got[kind][name], results[0][kind][name]), f"ranks disagree about {kind} {name}"
+    same_training(results, want, within)
 
 
 def test_adafactor_is_misled(worlds):
@@ -159,9 +145,7 @@ HOWS = ("checkpointed", "reentrant", "wrapped", "experts again", "compiled")
 
 def same(results):
     for want, got in results:
-        assert got.keys() == want.keys()
-        for name, value in want.items():
-            close(name, got[name], value, 1e-12)
+        all_close(got, want, 1e-12)
 
 
 @pytest.mark.parametrize("how", [*HOWS, "generated", "generated in place"])

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from support import checkpoint_jobs, parallel_jobs
+from support.closeness import all_close, close, same_training
 from support.pairs import NUM_GPUS
-from support.training_jobs import LIMIT, Recipe, train, train_alone
+from support.training_jobs import LIMIT, Model, Recipe, open_group, train, train_alone
 from tokenferry.bench.core.default_group import replace_default_group
 from tokenferry.nn import GradScaler
 from tokenferry.testing.world import World
@@ -47,19 +48,6 @@ def prepare_rank(rank, pg):
     replace_default_group(pg, BACKEND)
 
 
-def close(what, got, want, within):
-    assert (got.shape, got.dtype) == (want.shape, want.dtype), what
-    error = float((got - want).norm() / want.norm().clamp_min(1e-30))
-    assert error <= within, f"{what}: relative error {error:.1e}"
-
-
-def all_close(got, want, within):
-    assert got.keys() == want.keys()
-    assert want
-    for name, value in want.items():
-        close(name, got[name], value, within)
-
-
 RECIPES = [
     *(Recipe(tool, dtype) for tool in TOOLS for dtype in WITHIN),
     *(Recipe(tool, optimizer=kind) for tool in TOOLS for kind in ("foreach", "fused")),
@@ -74,14 +62,7 @@ def test_two_gpus_are_one_process_on_a_cpu(ranks, recipe):
     want, results = train_alone(recipe, num_ranks=2), ranks().run(train, recipe)
     within = WITHIN[recipe.dtype]
     assert min(want["norms"]) > LIMIT, "clipping is not tried"
-    for got in results:
-        for kind in ("losses", "norms"):
-            for i in range(3):
-                close(f"{kind} {i}", got[kind][i], want[kind][i], within)
-        for kind in got.keys() - {"losses", "norms"}:
-            all_close(got[kind], want[kind], within)
-            for name, value in got[kind].items():
-                assert torch.equal(value, results[0][kind][name]), f"ranks disagree about {kind} {name}"
+    same_training(results, want, within)
 
 
 def test_ranks_raise_without_help(ranks):
@@ -110,9 +91,10 @@ def test_mixed_precision_of_sharded_models(ranks):
 
 @pytest.mark.parametrize("tool", TOOLS)
 def test_layers_made_on_meta(ranks, tool):
-    """Replicated parameters are those of rank 0, and experts those of their seeds: equal to one process's."""
-    first, second = ranks().run(parallel_jobs.from_meta, tool)
-    all_close(first, second, 0.0)
+    with open_group(None) as group:
+        want = {f"moe.{name}": value for name, value in Model(group, torch.float32).moe.state_dict().items()}
+    for got in ranks().run(parallel_jobs.from_meta, tool):
+        all_close(got, want, 0.0)
 
 
 HOWS = (
