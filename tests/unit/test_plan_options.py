@@ -30,4 +30,4 @@ def test_an_error_names_options(options, capsys):
 def test_a_number_that_no_size_can_be(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["plan", "--hidden", "99999999999"])
-    assert "argument --hidden: invalid positive value: '99999999999'" in capsys.readouterr().err
+    assert "argument --hidden: 99999999999 is above 2147483647, the largest size" in capsys.readouterr().err

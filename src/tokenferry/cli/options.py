@@ -26,10 +26,13 @@ def positive(text: str) -> int:
 
     Raises:
         ValueError: it is not one.
+        ArgumentTypeError: it is too large.
     """
     value = int(text)
-    if not 1 <= value <= MAX_SIZE:
+    if value < 1:
         raise ValueError(text)
+    if value > MAX_SIZE:
+        raise argparse.ArgumentTypeError(f"{text} is above {MAX_SIZE}, the largest size")
     return value
 
 

@@ -63,8 +63,8 @@ def update_biases(model: nn.Module, *, rate: float = 0.001) -> None:
     the optimizer.
 
     Contract: collective, one all-reduce over each process group, and one over the ranks with the same experts that
-    `parallelize` was told of; every rank gets the same biases. Loads are those of
-    forward passes in training mode; a pass that a checkpoint repeats does not count, unless it is compiled.
+    `parallelize` was told of; every rank gets the same biases. Loads are those of forward passes in training mode; a
+    pass that a checkpoint repeats does not count, unless it is compiled.
 
     Args:
         model: A module with at least one `MoELayer` whose router is a `Router` with a bias.
