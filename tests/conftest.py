@@ -16,8 +16,8 @@ from tokenferry.testing.world import World
 hypothesis.settings.register_profile("tokenferry", deadline=None)
 hypothesis.settings.load_profile("tokenferry")
 
-CUDA_JOB_S = 240.0
-"""Seconds for a job on GPUs: ranks that share one wait milliseconds for their turn, many times a call."""
+JOB_S = 240.0
+"""Seconds for a job: ranks that share a GPU wait milliseconds for their turn, many times a call; others compile."""
 
 # Tests that name no backend test the CPU's, with tensors on the CPU. On a machine with GPUs "auto" would choose the
 # other one, also in the examples of documents and in ranks that are forked later.
@@ -58,8 +58,7 @@ def worlds() -> Iterator[Callable[..., World]]:
     def get(num_ranks: int, devices: str = "cpu", ranks_per_node: int | None = None) -> World:
         key = num_ranks, devices, ranks_per_node
         if key not in pools or not pools[key].alive:
-            timeout_s = 60.0 if devices == "cpu" else CUDA_JOB_S
-            pools[key] = World(num_ranks, devices=devices, timeout_s=timeout_s, ranks_per_node=ranks_per_node)
+            pools[key] = World(num_ranks, devices=devices, timeout_s=JOB_S, ranks_per_node=ranks_per_node)
             pools[key].run(prefer, devices)
         return pools[key]
 

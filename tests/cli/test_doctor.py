@@ -71,7 +71,7 @@ if __name__ == "__main__":
 
 
 def test_where_memfd_create_is_forbidden_the_doctor_says_what_groups_do():
-    run = subprocess.run([sys.executable, "-c", FORBIDDEN], capture_output=True, text=True, timeout=100, check=False)
+    run = subprocess.run([sys.executable, "-c", FORBIDDEN], capture_output=True, text=True, timeout=240, check=False)
     if run.stderr.startswith("SKIP"):
         pytest.skip(run.stderr)
     assert run.returncode == 0, run.stderr

@@ -87,7 +87,7 @@ def test_started_by_torchrun_it_checks_the_ranks_of_the_job():
     command = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENFERRY_RANKS_PER_NODE": "1", "TOKENFERRY_BACKEND": "cpu"}
     words = (*command, "-m", "tokenferry", "doctor")
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=environ, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=240, env=environ, check=False)
     assert done.returncode == 0, done.stderr
     nodes = "2 nodes of 1 rank (ranks 0, 1): ranks_per_node=1; process_group inside, process_group between, backend cpu"
     assert done.stdout == f"! nodes of this job         PASS  {nodes}\n"

@@ -21,7 +21,7 @@ SOURCE = str(Path(tokenferry.__file__).parents[1])
 
 def run(*command: object, **env: str) -> subprocess.CompletedProcess:
     clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=clean | env, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=clean | env, check=False)
 
 
 def test_the_folder_holds_nothing_but_the_name():

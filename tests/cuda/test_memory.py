@@ -235,7 +235,7 @@ if sys.argv[1] == "closed":
 
 @pytest.mark.parametrize("how", ["open", "closed"])
 def test_the_interpreter_ends_quietly_with_tensors_alive(how):
-    done = subprocess.run([sys.executable, "-c", EXIT, how], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-c", EXIT, how], capture_output=True, text=True, timeout=240, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 

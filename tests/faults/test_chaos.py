@@ -25,7 +25,7 @@ def test_a_short_soak(transport):
     """In a process of its own, since it forks."""
     command = [sys.executable, "-m", "tokenferry.testing.chaos", "--episodes", str(EPISODES[transport])]
     command += ["--ranks", "3", "--transport", transport, "--seed", str(SEEDS[transport])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{EPISODES[transport]} episodes" in done.stdout
     assert "all promises kept" in done.stdout
@@ -35,7 +35,7 @@ def test_a_short_soak_over_nodes():
     """One rank is killed, and one has no memory, in calls of two levels."""
     command = [sys.executable, "-m", "tokenferry.testing.chaos", "--episodes", "2"]
     command += ["--ranks", "4", "--ranks-per-node", "2", "--seed", "935"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 ranks (cpu, both --ranks-per-node 2)" in done.stdout
     assert "1 x kill" in done.stdout
@@ -68,7 +68,7 @@ def test_the_seeds_draw_what_they_are_for():
 @pytest.fixture(scope="module")
 def verdicts() -> dict[str, str]:
     program = [sys.executable, chaos_spoiled.__file__]
-    return json.loads(subprocess.run(program, capture_output=True, text=True, timeout=120, check=True).stdout)
+    return json.loads(subprocess.run(program, capture_output=True, text=True, timeout=240, check=True).stdout)
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ def test_runs_where_only_torch_is_installed(wheel, tmp_path):
     """Installed from the wheel, without GPUs, and with neither packages of extras nor the bindings of CUDA."""
     pytest.importorskip("pip")
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps", "--no-index")
-    subprocess.run([*pip, "--target", tmp_path / "site", wheel], timeout=120, check=True)
+    subprocess.run([*pip, "--target", tmp_path / "site", wheel], timeout=240, check=True)
     for missing in ("rich", "matplotlib", "cuda"):  # as if they were not installed
         (tmp_path / "site" / f"{missing}.py").write_text(f"raise ModuleNotFoundError({missing!r})")
     environ = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "CUDA_VISIBLE_DEVICES": ""}
@@ -176,7 +176,7 @@ def test_the_address_of_the_site_is_set_in_one_place(sdist, tmp_path):
     environ = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{SOURCE.parent}", "CUDA_VISIBLE_DEVICES": ""}
     for words in (["-c", TIMEOUT], ["-m", "tokenferry", "explain-error", "PeerTimeout"]):
         run = subprocess.run(
-            [sys.executable, *words], env=environ, capture_output=True, text=True, timeout=120, check=True
+            [sys.executable, *words], env=environ, capture_output=True, text=True, timeout=240, check=True
         )
         assert run.stdout.count(f"{SITE}errors/#peertimeout") == 1
         assert "(docs/" not in run.stdout

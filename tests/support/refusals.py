@@ -105,6 +105,8 @@ def refuse_descriptors(rank, pg, poor: int, spare: int) -> str:
             with descriptors_left(spare) if rank == poor else contextlib.nullcontext():
                 for _ in range(4):
                     group.dispatch(mine.x, Routing(mine.topk_idx))
+            # The poor rank may have failed in the last call after it had sent its rows: its peer learns in the next.
+            group.dispatch(mine.x, Routing(mine.topk_idx))
             text = "done"
         except (ResourceError, PeerTimeout) as error:
             text = f"{type(error).__name__}: {error}"

@@ -34,7 +34,7 @@ def device_of(pg: dist.ProcessGroup | None) -> torch.device:
 
 def open_group(pg: dist.ProcessGroup | None) -> tokenferry.ExpertGroup:
     """Make a group on the device of the process group. Its ranks may wait while another compiles."""
-    return tokenferry.ExpertGroup(pg, SHAPE, backend=device_of(pg).type, timeout_s=50.0)
+    return tokenferry.ExpertGroup(pg, SHAPE, backend=device_of(pg).type, timeout_s=200.0)
 
 
 @dataclass(frozen=True)

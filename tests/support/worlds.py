@@ -11,7 +11,7 @@ _Key = TypeVar("_Key")
 
 
 def run_at_once(
-    num_ranks: int, devices: str, jobs: Mapping[_Key, Callable[..., Any]], timeout_s: float = 60.0
+    num_ranks: int, devices: str, jobs: Mapping[_Key, Callable[..., Any]], timeout_s: float = 240.0
 ) -> dict[_Key, Future[list[Any]]]:
     """Run each job on a world of its own; ranks that share GPUs run one job after the other.
 

@@ -33,7 +33,7 @@ print(json.dumps({
 def imported() -> dict:
     runs = []
     for _ in range(2):
-        done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, timeout=60)
+        done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, timeout=240)
         assert done.stderr == ""
         runs.append(json.loads(done.stdout))
     return min(runs, key=lambda run: run["cpu_s"])
@@ -85,7 +85,7 @@ else:
 
 
 def test_torch_is_imported_when_a_name_is_first_used():
-    subprocess.run([sys.executable, "-c", LAZY], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", LAZY], check=True, timeout=240)
 
 
 def test_public_names_are_listed_sorted_and_documented():

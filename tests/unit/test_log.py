@@ -26,7 +26,7 @@ def shown(program, **variables):
         env={**environ, "CUDA_VISIBLE_DEVICES": "", **variables},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=240,
         check=True,
     )
     return done.stderr.splitlines()

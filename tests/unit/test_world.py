@@ -220,7 +220,7 @@ def test_a_server_that_fails_says_why_and_does_not_take_torch_down():
         "import atexit; from tokenferry.testing import rank_server; atexit.register(print, 'taken down'); "
         "rank_server.main(99, 0, dtensor=False)"
     )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
     assert (ended.returncode, ended.stdout) == (1, "")
     assert "Bad file descriptor" in ended.stderr
 
@@ -248,7 +248,7 @@ World(1).run(abs)
 def test_a_program_without_a_guard_is_told_so(tmp_path):
     (tmp_path / "program.py").write_text(UNGUARDED)
     done = subprocess.run(
-        [sys.executable, tmp_path / "program.py"], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, tmp_path / "program.py"], capture_output=True, text=True, timeout=240, check=False
     )
     assert 'make worlds below `if __name__ == "__main__":`' in done.stderr
     assert "rank 0 died: exit status 1" in done.stderr
