@@ -254,9 +254,9 @@ class ExpertGroup(Connected):
         on there: see docs/across-nodes.md. CUDA: pending hooks are called first.
 
         Contract of unmasking: if two ranks have masked each other by hand, between the same two calls on both, and make
-        the same number of calls meanwhile, both may unmask each other before any later call: local, returns at once. A
-        rank that was lost (stopped, late, masked by a timeout), or has made more or fewer calls, comes back when all
-        ranks do
+        the same number of calls meanwhile, both may unmask each other before any later call: local, returns at once.
+        CPU: for hooks that are pending, the other rank has sent nothing, as if it were masked still. A rank that was
+        lost (stopped, late, masked by a timeout), or has made more or fewer calls, comes back when all ranks do
 
             group.synchronize()  # after replays of CUDA graphs: torch.cuda.synchronize()
             dist.barrier()
@@ -616,7 +616,8 @@ class ExpertGroup(Connected):
         """Send every token to its experts, into a layout whose shape does not depend on the routing.
 
         Contract:
-            Collective: yes; T may differ and may be 0. ``hook()`` is local. Any number of results may be alive at once.
+            Collective: yes; T may differ and may be 0; ``return_hook`` may differ. ``hook()`` is local. Any number of
+                results may be alive at once.
             Host: CPU backend: returns when the rows have arrived; with ``return_hook=True`` when they have been sent,
                 and ``hook()`` waits for them; across nodes until the ranks of this node have called theirs or made
                 another call. CUDA: returns at once, and so does ``hook()``; the first decode call of

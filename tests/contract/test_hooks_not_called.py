@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from support.decode_jobs import hooks_of_some_ranks
 from support.decoding import Step, check_received
 from support.pairs import CPU_PAIRS, NODES, PAIRS, Pair
 from support.throughput import check_round_trip
@@ -164,3 +165,10 @@ def different_calls(rank, pg, pair: Pair, ranks: int) -> None:
 @pytest.mark.parametrize("pair", CPU_PAIRS, ids=str)
 def test_a_late_hook_compares_the_calls(run, pair):
     run(pair, 2, different_calls, 2)
+
+
+@pytest.mark.parametrize(
+    ("pair", "ranks"), [*((pair, 3) for pair in PAIRS), (Pair("cpu", "process_group", 1), 3), (NODES[3][0], 4)], ids=str
+)
+def test_ranks_need_not_agree_on_hooks(run, pair, ranks):
+    run(pair, ranks, hooks_of_some_ranks, ranks)

@@ -94,6 +94,10 @@ def test_hooks_may_be_called_in_any_order_and_twice(run, ranks, per_node):
     run(ranks, decode_jobs.hooks_in_any_order, ranks, ranks_per_node=per_node)
 
 
+def test_ranks_need_not_agree_on_hooks(run_both):
+    run_both(4, decode_jobs.hooks_of_some_ranks, 4, ranks_per_node=2)
+
+
 # ---------------------------------------------------------------------- hooks
 
 

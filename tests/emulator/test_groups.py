@@ -48,6 +48,10 @@ def test_decode_hooks(run):
     run(3, decode_jobs.hooks_in_any_order, 3)
 
 
+def test_ranks_need_not_agree_on_hooks(run):
+    run(3, decode_jobs.hooks_of_some_ranks, 3)
+
+
 def test_decode_encodings(run):
     run(2, decode_jobs.encodings, 2)
     run(2, decode_jobs.not_finite)

@@ -24,6 +24,7 @@ from support.masks import (
     by_hand,
     in_a_graph,
     lost_in_replays,
+    masked_meanwhile,
     sent_to_one,
     skip_and_return,
     under_load,
@@ -60,6 +61,12 @@ def jobs(request, tmp_path_factory) -> dict[str, Future[list[None]]]:
 @pytest.mark.parametrize("name", JOBS)
 def test_a_rank_comes_back(jobs, name):
     jobs[name].result()
+
+
+@pytest.mark.parametrize("pair", [*CPU_PAIRS, Pair("cpu", "process_group", ranks_per_node=1)], ids=str)
+def test_hooks_that_are_pending_while_ranks_are_masked(worlds, pair):
+    """What was under way between them is lost, and nobody waits for it."""
+    worlds(3).run(masked_meanwhile, pair)
 
 
 def stop_under_load(pair: Pair, losses: Iterable[tuple[int, ...]], folder: Path) -> dict[tuple[int, ...], list[dict]]:

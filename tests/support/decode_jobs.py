@@ -133,6 +133,35 @@ def hooks_in_any_order(rank, pg, pair: Pair, ranks: int) -> None:
             combine_in_any_order(group, steps, sent, order)
 
 
+HOOKED = ((True, False, False), (False, False, False), (True, True, False))
+"""By rank, which of three calls it receives in a hook.
+
+If a rank that does not waited until others have received what it sent, all would wait: rank 1 in the first call for
+rank 2, rank 2 in the third for rank 0, and rank 0 in the second for rank 1.
+"""
+
+
+def hooks_of_some_ranks(rank, pg, pair: Pair, ranks: int) -> None:
+    steps = [Step(Case((3, 4, 2, 5)[:ranks], 2 * ranks, 2, hidden=64, seed=seed), rank) for seed in range(3)]
+    with pair.open(pg, steps[0].case.shape, timeout_s=20.0) as group:
+        for turn in range(2):
+            sent = [
+                group.decode_dispatch(step.mine().x, step.routing(), return_hook=hooked)
+                for step, hooked in zip(steps, HOOKED[rank % 3], strict=True)
+            ]
+            for step, one in zip(reversed(steps), reversed(sent), strict=True):
+                one.hook()
+                check_received(step, one, None)
+            if turn:
+                home = [
+                    group.decode_combine(one.x, one.plan, return_hook=hooked)
+                    for one, hooked in zip(sent, HOOKED[(rank + 1) % 3], strict=True)
+                ]
+                for one, got in zip(sent, home, strict=True):
+                    got.hook()
+                    assert torch.equal(got.x, group.decode_combine(one.x, one.plan).x)
+
+
 def refuses_what_has_not_come(group, sent) -> None:
     """A combine says so before anything is sent; on GPUs of several nodes it receives what is pending itself."""
     if group.backend == "cuda" and group.topology.num_nodes > 1:

@@ -349,6 +349,27 @@ def by_hand(rank: int, pg, pair, folder: str, both_sides: bool, timeout_s: float
                 one.hook()
 
 
+def masked_meanwhile(rank: int, pg, pair) -> None:
+    """Ranks 0 and 1 and rank 2 mask each other by hand, and unmask, while hooks of both kinds are pending."""
+    away = frozenset({LOST}) if rank != LOST else frozenset(range(3)) - {rank}
+    step = Step(CASE, rank, away, unaware=True)
+    with pair.open(pg, CASE.shape, timeout_s=30.0) as group:
+        x, routing = step.mine().x, step.routing()
+        sent = group.decode_dispatch(x, routing)
+        factors = torch.arange(1.0, 1.0 + sent.x.shape[0], device=sent.x.device)[:, None, None]
+        home = group.decode_combine(sent.x * factors, sent.plan, return_hook=True)
+        late = group.decode_dispatch(x, routing, return_hook=True)
+        for masked in (True, False):
+            for other in away:
+                group.mask(other, masked=masked)
+        home.hook()
+        late.hook()
+        counts, sums = expected(step)
+        assert late.expert_counts.tolist() == counts
+        torch.testing.assert_close(home.x, sums, rtol=1e-5, atol=1e-5)
+        Iterations(group, CASE).several(3)
+
+
 def sent_to_one(rank: int, pg, pair, folder: str, timeout_s: float) -> None:
     """The lost rank has sent its rows to rank 0 alone; so rank 1 waits for it while rank 0 waits for rank 1."""
     notes = Notes(folder, rank, 3)

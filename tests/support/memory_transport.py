@@ -93,7 +93,7 @@ class MemoryTransport:
     def forget(self, call: CallId) -> None:
         pass
 
-    def finish(self, call: CallId, deadline: Deadline | None) -> None:
+    def finish(self, call: CallId, deadline: Deadline | None, late: frozenset[int] = frozenset()) -> None:
         for body in self._in_flight.pop(call.number).bodies:
             body.fill_(SPOILT)
 

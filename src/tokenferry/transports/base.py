@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tokenferry.errors import PeerTimeout, page_address
 
-HEADER_INTS = 16
+HEADER_INTS = 20
 """Every message starts with this many signed 64-bit integers; the backend defines what they mean."""
 
 MOST_AWAITED = 32
@@ -102,12 +102,12 @@ class Transport(Protocol):
         that ranks that made different calls do not wait for bodies that will never come.
         """
 
-    def finish(self, call: CallId, deadline: Deadline | None) -> None:
+    def finish(self, call: CallId, deadline: Deadline | None, late: frozenset[int] = frozenset()) -> None:
         """Mark a call as finished: its bodies have been read, or will not be.
 
         With a deadline, also wait until every peer has received the messages of this call, if the transport cannot
-        guarantee that otherwise. Pass one only if peers receive this call at once: a peer that receives it in a hook
-        may need this rank's next call first.
+        guarantee that otherwise; but for those in ``late``, which receive it in a hook, and may need this rank's next
+        call first.
         """
 
     def forget(self, call: CallId) -> None:

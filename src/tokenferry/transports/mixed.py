@@ -49,10 +49,10 @@ class MixedTransport:
         """Wait for the message of one rank. See `Transport.receive`."""
         return self._to(src).receive(call, src, deadline, check)
 
-    def finish(self, call: CallId, deadline: Deadline | None) -> None:
+    def finish(self, call: CallId, deadline: Deadline | None, late: frozenset[int] = frozenset()) -> None:
         """Finish the call on both. See `Transport.finish`."""
-        self._near.finish(call, deadline)
-        self._far.finish(call, deadline)
+        self._near.finish(call, deadline, late)
+        self._far.finish(call, deadline, late)
 
     def forget(self, call: CallId) -> None:
         """Forget the call on both. See `Transport.forget`."""

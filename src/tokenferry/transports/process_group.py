@@ -210,15 +210,15 @@ class ProcessGroupTransport:
         self._last_messages.record(src, call)
         return message
 
-    def finish(self, call: CallId, deadline: Deadline | None) -> None:
+    def finish(self, call: CallId, deadline: Deadline | None, late: frozenset[int] = frozenset()) -> None:
         """Wait for the sends. See `Transport.finish`.
 
-        Without a deadline, hold them until their readers have said that they have them.
+        Those for which it does not wait are held until their readers have said that they have them.
         """
         current = self._in_flight[call.number]
         for peer, outgoing in current.outgoing.items():
             outgoing.owed = 2
-            if deadline is not None:
+            if deadline is not None and peer not in late:
                 for work in outgoing.works:
                     self._wait(work, call, peer, deadline)
                 outgoing.works = []

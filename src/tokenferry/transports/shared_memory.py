@@ -240,7 +240,7 @@ class SharedMemoryTransport:
         peer = self._peers[rank]
         return not peer.sends_more() and call.number not in peer.inbox
 
-    def finish(self, call: CallId, deadline: Deadline | None) -> None:
+    def finish(self, call: CallId, deadline: Deadline | None, late: frozenset[int] = frozenset()) -> None:
         """Advance the watermark. See `Transport.finish`.
 
         There is nothing to wait for: peers that have mapped a segment keep its memory, even if this rank closes it.

@@ -33,8 +33,9 @@ class DirectDispatch:
         self, exchange: Exchange, signature: Signature, payload: Payload, tokens: Sequence[Tensor], *, hooked: bool
     ) -> None:
         skip = frozenset(exchange.masked)
-        self._pending = exchange.start(signature, outgoing_of(payload, tokens), skip=skip, copy_own=hooked)
-        self._hooked = hooked
+        self._pending = exchange.start(
+            signature, outgoing_of(payload, tokens), skip=skip, copy_own=hooked, hooked=hooked
+        )
         self.number = self._pending.number
 
     @property
@@ -45,7 +46,7 @@ class DirectDispatch:
     @contextlib.contextmanager
     def receive(self, deadline: Deadline, wait_ns: Tensor | None) -> Iterator[list[ReceivedRows]]:
         """See `Delivery.receive`."""
-        with self._pending.receive(wait_ns, tolerant=True, hooked=self._hooked, deadline=deadline) as received:
+        with self._pending.receive(wait_ns, tolerant=True, deadline=deadline) as received:
             yield received
 
 
@@ -64,7 +65,8 @@ class DirectCombine:
         outgoing = rows_for(request, sources, request.encoding, exchange.allocator)
         self._payload = outgoing.payload
         signature = Signature(signature.kind, {**signature.fields, **outgoing.payload.fields})
-        self._pending = exchange.start(signature, outgoing, skip=self._skip, copy_own=request.return_hook)
+        hooked = request.return_hook
+        self._pending = exchange.start(signature, outgoing, skip=self._skip, copy_own=hooked, hooked=hooked)
 
     @property
     def aborted(self) -> bool:
@@ -73,9 +75,9 @@ class DirectCombine:
 
     def receive(self, out: Tensor, deadline: Deadline) -> None:
         """See `Homecoming.receive`."""
-        request, hooked = self._request, self._request.return_hook
-        with self._pending.receive(request.stats.wait_ns, tolerant=True, hooked=hooked, deadline=deadline) as received:
-            absent = frozenset(self._exchange.masked) | self._skip
+        request = self._request
+        with self._pending.receive(request.stats.wait_ns, tolerant=True, deadline=deadline) as received:
+            absent = self._skip | {src for src in range(len(received)) if self._pending.lacks(src)}
             # The rows of a rank that is masked by now do not count, even if they have arrived.
             received = [ReceivedRows(0, []) if src in absent else one for src, one in enumerate(received)]
             plan, num_ranks = request.plan, self._exchange.num_ranks

@@ -132,7 +132,8 @@ class NodeCombine:
         outgoing = rows_for(request, levels.by_rank(levels.mine, sources, []), Encoding.same, exchange.allocator)
         self._rows = outgoing.payload
         here = Signature(signature.kind, {**signature.fields, **outgoing.payload.fields})
-        self._here = levels.start_here(here, None, outgoing, deadline, copy_own=request.return_hook)
+        hooked = request.return_hook
+        self._here = levels.start_here(here, None, outgoing, deadline, copy_own=hooked, hooked=hooked)
         self._sums: tuple[Payload, Pending] | None = None
         exchange.postpone(self._add_up)
 
@@ -146,12 +147,12 @@ class NodeCombine:
         assert self._sums is not None
         levels, request, (payload, pending) = self._levels, self._request, self._sums
         received, tokens = [ReceivedRows(0, [])] * len(levels.nodes), list(self._tokens)
-        with pending.receive_each(tolerant=True, hooked=request.return_hook, deadline=deadline) as take:
+        with pending.receive_each(tolerant=True, deadline=deadline) as take:
             for node in [*levels.others, levels.node]:
                 rank = levels.rail[node]
                 with counted(request.stats.wait_ns, levels.nodes[node] if node != levels.node else []):
                     received[node] = take(rank)
-                if rank in levels.exchange.masked:  # it may have sent its sums before
+                if pending.lacks(rank):  # it may have sent its sums before
                     received[node], tokens[node] = ReceivedRows(0, []), tokens[node][:0]
                 pending.check_count(rank, received[node].num_rows, tokens[node].numel())
             allocator = levels.exchange.allocator
@@ -166,9 +167,9 @@ class NodeCombine:
         used = (self._relayed >= 0).any(2)
         counts: list[int] = used.sum(1).tolist()
         weights = self._receive_weights(counts, deadline)
-        hooked, num_experts = request.return_hook, request.plan.num_experts
-        with self._here.receive(request.stats.wait_ns, tolerant=True, hooked=hooked, deadline=deadline) as received:
-            absent = frozenset(exchange.masked)
+        num_experts = request.plan.num_experts
+        with self._here.receive(request.stats.wait_ns, tolerant=True, deadline=deadline) as received:
+            absent = frozenset(src for src in levels.mine if self._here.lacks(src))
             received = [ReceivedRows(0, []) if src in absent else one for src, one in enumerate(received)]
             topk_idx = drop_ranks(self._relayed[used], absent, num_experts // exchange.num_ranks)
             sums = TokenSums(topk_idx, weights, num_experts, exchange.num_ranks, fast=request.fast)
@@ -179,7 +180,7 @@ class NodeCombine:
         rows = levels.by_rank(levels.rail, consecutive_slices(counts), slice(0, 0))
         outgoing = Outgoing(payload, rows, levels.by_rank(levels.rail, counts, 0))
         signature = Signature(self._signature.kind, {**self._signature.fields, **payload.fields})
-        self._sums = payload, levels.start_across(signature, outgoing, deadline)
+        self._sums = payload, levels.start_across(signature, outgoing, deadline, hooked=request.return_hook)
 
     def _tokens_by_node(self) -> Sequence[Tensor]:
         """Return the tokens of this rank that have experts on each node."""
@@ -200,20 +201,20 @@ class NodeCombine:
         tokens = [none if unsent or node == levels.node else each for node, each in enumerate(self._tokens)]
         outgoing = outgoing_of(payload, levels.by_rank(levels.rail, tokens, none))
         signature = Signature(self._signature.kind, {**self._signature.fields, **payload.fields})
-        return levels.start_across(signature, outgoing, deadline, "weights")
+        return levels.start_across(signature, outgoing, deadline, "weights", hooked=self._request.return_hook)
 
     def _receive_weights(self, counts: Sequence[int], deadline: Deadline) -> Tensor:
         """Return ``[rows, K]``: the weights of the tokens that this rank has passed on, by node; fast: undefined."""
-        levels, stats, fast, hooked = self._levels, self._request.stats, self._request.fast, self._request.return_hook
+        levels, stats, fast = self._levels, self._request.stats, self._request.fast
         weights = torch.zeros(sum(counts), self._weights.shape[1], dtype=torch.float32, device="cpu")
         places = consecutive_slices(counts)
         weights[places[levels.node]] = self._weights[self._tokens[levels.node]]
-        with self._weights_across.receive_each(tolerant=True, hooked=hooked, deadline=deadline) as take:
+        with self._weights_across.receive_each(tolerant=True, deadline=deadline) as take:
             for node in levels.others:
                 rank = levels.rail[node]
                 with counted(stats.wait_ns, levels.nodes[node]):
                     source = take(rank)
-                if rank in levels.exchange.masked:
+                if self._weights_across.lacks(rank):
                     continue
                 self._weights_across.check_count(rank, source.num_rows, 0 if fast else counts[node])
                 if not fast:

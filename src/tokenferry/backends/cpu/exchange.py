@@ -51,19 +51,23 @@ class Signature:
         """The name of the call, and of the leg, for error messages."""
         return f"{self.kind.name} ({self.leg})" if self.leg else self.kind.name
 
-    def header(self, num_rows: int, note: int) -> tuple[int, ...]:
-        """Return the header of a message about ``num_rows`` rows; the note is its last number."""
-        values = (int(self.kind), num_rows, *self.fields.values())
+    def header(self, num_rows: int, note: int, *, hooked: bool) -> tuple[int, ...]:
+        """Return the header of a message about ``num_rows`` rows, whose sender receives in a hook or at once.
+
+        The note is its last number.
+        """
+        values = (int(self.kind), num_rows, int(hooked), *self.fields.values())
+        assert len(values) < HEADER_INTS
         return values + (0,) * (HEADER_INTS - 1 - len(values)) + (note,)
 
-    def check(self, call: CallId, rank: int, src: int, header: tuple[int, ...]) -> int:
-        """Return the number of rows that ``src`` sent.
+    def check(self, call: CallId, rank: int, src: int, header: tuple[int, ...]) -> tuple[int, bool]:
+        """Return the number of rows that ``src`` sent, and whether it receives in a hook.
 
         Raises:
             MismatchError: ``src`` made another call than this rank.
         """
         start = f"{call.phase} #{call.number}: rank {rank} and rank {src} made different calls"
-        kind, num_rows, *values = header
+        kind, num_rows, hooked, *values = header
         if kind != self.kind:
             theirs = Kind(kind).name if kind in set(Kind) else f"kind {kind}"
             raise MismatchError(f"{start}: rank {src} called {theirs}; call the same on all ranks, in the same order")
@@ -74,7 +78,7 @@ class Signature:
                     f"{start}: {name} is {show(mine)} on rank {rank} and {show(other)} on rank {src}; "
                     "it has to be the same on all ranks"
                 )
-        return num_rows
+        return num_rows, bool(hooked)
 
 
 def _encoding_name(code: int) -> str:
@@ -110,6 +114,7 @@ class Exchange:
     Attributes:
         masked: Ranks that decode calls skip.
         lost: The masked ranks that this rank masked itself, after a timeout.
+        num_masked: By rank, how often it was masked: what was under way from it is lost, also if it is back by now.
         num_resyncs: How often the ranks have resynchronised their call numbers.
     """
 
@@ -130,6 +135,7 @@ class Exchange:
         self.mask_on_timeout = mask_on_timeout
         self.masked: set[int] = set()
         self.lost: set[int] = set()
+        self.num_masked = [0] * self.num_ranks
         self.num_resyncs = 0
         self.broken: str | None = None
         self.allocator = Allocator()
@@ -146,12 +152,14 @@ class Exchange:
         *,
         skip: frozenset[int] = frozenset(),
         copy_own: bool = False,
+        hooked: bool = False,
         deadline: Deadline | None = None,
     ) -> Pending:
         """Send each rank not in ``skip`` its rows; `Pending.receive` waits for those of the others.
 
         With ``copy_own``, this rank's own rows are copied into a message too: needed if their source may be
-        overwritten before it is read. ``deadline`` is that of a call of several exchanges.
+        overwritten before it is read. With ``hooked``, this rank receives after other calls. ``deadline`` is that of a
+        call of several exchanges.
         """
         with self.guard(signature.phase):
             if self._resync_due:
@@ -166,9 +174,9 @@ class Exchange:
             for rows, buffer, count in zip(outgoing.rows, buffers, copied, strict=True):
                 if buffer.numel():
                     outgoing.payload.write(rows, sections.split(buffer, count))
-            headers = [signature.header(count, outgoing.note) for count in counts]
+            headers = [signature.header(count, outgoing.note, hooked=hooked) for count in counts]
             self.transport.post(call, headers, deadline or Deadline(self.timeout_s), skip)
-            return Pending(self, call, signature, outgoing, skip=skip, copy_own=copy_own)
+            return Pending(self, call, signature, outgoing, skip=skip, copy_own=copy_own, hooked=hooked)
 
     def forget(self, call: CallId) -> None:
         """Leave to the next call to finish one that nobody will receive. From any thread, at any time."""
@@ -190,6 +198,7 @@ class Exchange:
     def mask(self, rank: int) -> None:
         """Expect no more messages of a rank."""
         self.masked.add(rank)
+        self.num_masked[rank] += 1
         self.transport.drop_peer(rank)
 
     def unmask(self, rank: int) -> None:
@@ -298,6 +307,7 @@ class Pending:
         *,
         skip: frozenset[int],
         copy_own: bool,
+        hooked: bool,
     ) -> None:
         self._exchange = exchange
         self._call = call
@@ -306,6 +316,9 @@ class Pending:
         self._own = outgoing.rows[exchange.rank]
         self._skip = skip
         self._copy_own = copy_own
+        self._hooked = hooked
+        self._late: set[int] = set()
+        self._num_masked = list(exchange.num_masked)
         self._num_resyncs = exchange.num_resyncs
         self._received = False
 
@@ -323,13 +336,17 @@ class Pending:
         """Whether the ranks have resynchronised since: the messages of this exchange are lost."""
         return self._num_resyncs != self._exchange.num_resyncs
 
+    def lacks(self, src: int) -> bool:
+        """Return whether the message of a rank is lost: it is masked, or was since this exchange was posted."""
+        exchange = self._exchange
+        return src in exchange.masked or exchange.num_masked[src] != self._num_masked[src]
+
     @contextlib.contextmanager
     def receive(
         self,
         wait_ns: Tensor | None = None,
         *,
         tolerant: bool = False,
-        hooked: bool = False,
         deadline: Deadline | None = None,
     ) -> Iterator[list[ReceivedRows]]:
         """Wait for every rank's message; yields the rows by source rank, to be read inside the ``with`` block.
@@ -337,10 +354,9 @@ class Pending:
         Args:
             wait_ns: ``[R]`` int64; the nanoseconds waited for each rank are added.
             tolerant: Masked ranks, and with ``mask_on_timeout`` silent ones, count as having sent no rows.
-            hooked: Whether peers may receive this call later than this rank; see `Transport.finish`.
             deadline: That of a call of several exchanges.
         """
-        with self.receive_each(tolerant=tolerant, hooked=hooked, deadline=deadline) as take:
+        with self.receive_each(tolerant=tolerant, deadline=deadline) as take:
             received: dict[int, ReceivedRows] = {}
             for src in self._exchange.transport.order:
                 with counted(wait_ns, [src] if src != self._exchange.rank else []):
@@ -349,14 +365,14 @@ class Pending:
 
     @contextlib.contextmanager
     def receive_each(
-        self, *, tolerant: bool = False, hooked: bool = False, deadline: Deadline | None = None
+        self, *, tolerant: bool = False, deadline: Deadline | None = None
     ) -> Iterator[Callable[[int], ReceivedRows]]:
         """Yield a function that waits for the message of one rank; the arguments are those of `receive`."""
         exchange, call = self._exchange, self._call
         with exchange.guard(call.phase):
             deadline = deadline or Deadline(exchange.timeout_s)
             yield partial(self._receive_from, deadline=deadline, tolerant=tolerant)
-            exchange.transport.finish(call, None if hooked else deadline)
+            exchange.transport.finish(call, None if self._hooked else deadline, frozenset(self._late))
             self._received = True
 
     def check_counts(self, received: Sequence[ReceivedRows], expected: Sequence[int]) -> None:
@@ -382,7 +398,7 @@ class Pending:
         nothing = ReceivedRows(0, self._sections.split(torch.empty(0, dtype=torch.uint8, device="cpu"), 0))
         if src in self._skip:
             return nothing
-        while not (tolerant and src in exchange.masked):
+        while not (tolerant and self.lacks(src)):
             try:
                 message = exchange.transport.receive(self._call, src, deadline, self._check)
                 break
@@ -394,11 +410,13 @@ class Pending:
                     exchange.lost.add(peer)
         else:
             return nothing
-        num_rows = self._check(src, message.header)
+        num_rows, late = self._check(src, message.header)
+        if late:
+            self._late.add(src)
         note = message.header[-1]
         if src == exchange.rank and not self._copy_own:
             return ReceivedRows(num_rows, [], self._own, note)
         return ReceivedRows(num_rows, self._sections.split(message.body, num_rows), note=note)
 
-    def _check(self, src: int, header: tuple[int, ...]) -> int:
+    def _check(self, src: int, header: tuple[int, ...]) -> tuple[int, bool]:
         return self._signature.check(self._call, self._exchange.rank, src, header)

@@ -55,7 +55,9 @@ class Levels:
         self._not_here = everyone - frozenset(self.mine)
         self._not_on_rail = everyone - frozenset(self.rail)
 
-    def start_across(self, signature: Signature, outgoing: Outgoing, deadline: Deadline, what: str = "") -> Pending:
+    def start_across(
+        self, signature: Signature, outgoing: Outgoing, deadline: Deadline, what: str = "", *, hooked: bool = False
+    ) -> Pending:
         """Send rows to the ranks of this rail; ``what`` they are is said if the call sends several things.
 
         Ranks that were masked since the call began are sent their rows, too: both sides count the messages of a process
@@ -63,16 +65,23 @@ class Levels:
         """
         leg = f"between nodes, {what}" if what else "between nodes"
         signature = Signature(signature.kind, signature.fields, leg)
-        return self.exchange.start(signature, outgoing, skip=self._not_on_rail, deadline=deadline)
+        return self.exchange.start(signature, outgoing, skip=self._not_on_rail, hooked=hooked, deadline=deadline)
 
     def start_here(
-        self, signature: Signature, node: int | None, outgoing: Outgoing, deadline: Deadline, *, copy_own: bool = False
+        self,
+        signature: Signature,
+        node: int | None,
+        outgoing: Outgoing,
+        deadline: Deadline,
+        *,
+        copy_own: bool,
+        hooked: bool = False,
     ) -> Pending:
         """Send rows to the ranks of this node: those that come from, or go to, one node, or None: all."""
         leg = "within a node" if node is None else f"within a node, rows of node {node}"
         signature = Signature(signature.kind, signature.fields, leg)
         skip = self._not_here | self.exchange.masked  # since the call began
-        return self.exchange.start(signature, outgoing, skip=skip, copy_own=copy_own, deadline=deadline)
+        return self.exchange.start(signature, outgoing, skip=skip, copy_own=copy_own, hooked=hooked, deadline=deadline)
 
     def by_rank(self, ranks: Sequence[int], values: Sequence[_T], nothing: _T) -> list[_T]:
         """Return, by rank, the values of some ranks, and ``nothing`` for the others."""
@@ -130,9 +139,10 @@ class Move:
         self._levels, self._signature, self._payload, self._options = levels, signature, payload, options
         crossing = [self._none if ranks == mine else distinct(tokens, ranks) for ranks in levels.nodes]
         outgoing = outgoing_of(payload, levels.by_rank(rail, crossing, self._none), options.note)
-        self._across = levels.start_across(signature, outgoing, deadline)
+        hooked = options.hooked
+        self._across = levels.start_across(signature, outgoing, deadline, hooked=hooked)
         outgoing = outgoing_of(payload, levels.by_rank(mine, here, self._none), options.note)
-        own = levels.start_here(signature, levels.node, outgoing, deadline, copy_own=options.hooked)
+        own = levels.start_here(signature, levels.node, outgoing, deadline, copy_own=hooked, hooked=hooked)
         self._legs = {levels.node: own}
 
     @property
@@ -156,7 +166,7 @@ class Move:
             wait_ns: ``[R]`` int64; the nanoseconds waited for each rank are added.
         """
         levels, options = self._levels, self._options
-        with self._across.receive_each(tolerant=options.tolerant, hooked=options.hooked, deadline=deadline) as take:
+        with self._across.receive_each(tolerant=options.tolerant, deadline=deadline) as take:
             for node in levels.others:
                 src = levels.rail[node]
                 with counted(wait_ns, [src]):
@@ -168,8 +178,9 @@ class Move:
                     rows, levels.by_rank(levels.mine, columns(self.relay[node]), self._none), source.note
                 )
                 # What has come from another node lies in a message, which ends before the rows are read.
-                leg = levels.start_here(self._signature, node, outgoing, deadline, copy_own=True)
-                self._legs[node] = leg
+                self._legs[node] = levels.start_here(
+                    self._signature, node, outgoing, deadline, copy_own=True, hooked=options.hooked
+                )
 
     @contextlib.contextmanager
     def receive(
@@ -187,7 +198,7 @@ class Move:
         with contextlib.ExitStack() as stack:
             for node, sources in enumerate(levels.nodes):
                 leg = self._legs[node]
-                receiving = leg.receive_each(tolerant=options.tolerant, hooked=options.hooked, deadline=deadline)
+                receiving = leg.receive_each(tolerant=options.tolerant, deadline=deadline)
                 take = stack.enter_context(receiving)
                 for src, rank in zip(sources, levels.mine, strict=True):
                     # Rows that this rank has passed on itself were waited for then.
