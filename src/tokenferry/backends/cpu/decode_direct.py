@@ -60,13 +60,13 @@ class DirectCombine:
     """
 
     def __init__(self, exchange: Exchange, signature: Signature, request: DecodeCombineRequest) -> None:
-        self._exchange, self._request, self._skip = exchange, request, frozenset(exchange.masked)
-        sources = [[] if rank in self._skip else [rank] for rank in range(exchange.num_ranks)]
+        self._exchange, self._request, skip = exchange, request, frozenset(exchange.masked)
+        sources = [[] if rank in skip else [rank] for rank in range(exchange.num_ranks)]
         outgoing = rows_for(request, sources, request.encoding, exchange.allocator)
         self._payload = outgoing.payload
         signature = Signature(signature.kind, {**signature.fields, **outgoing.payload.fields})
         hooked = request.return_hook
-        self._pending = exchange.start(signature, outgoing, skip=self._skip, copy_own=hooked, hooked=hooked)
+        self._pending = exchange.start(signature, outgoing, skip=skip, copy_own=hooked, hooked=hooked)
 
     @property
     def aborted(self) -> bool:
@@ -77,7 +77,7 @@ class DirectCombine:
         """See `Homecoming.receive`."""
         request = self._request
         with self._pending.receive(request.stats.wait_ns, tolerant=True, deadline=deadline) as received:
-            absent = self._skip | {src for src in range(len(received)) if self._pending.lacks(src)}
+            absent = frozenset(src for src in range(len(received)) if self._pending.lacks(src))
             # The rows of a rank that is masked by now do not count, even if they have arrived.
             received = [ReceivedRows(0, []) if src in absent else one for src, one in enumerate(received)]
             plan, num_ranks = request.plan, self._exchange.num_ranks

@@ -337,9 +337,9 @@ class Pending:
         return self._num_resyncs != self._exchange.num_resyncs
 
     def lacks(self, src: int) -> bool:
-        """Return whether the message of a rank is lost: it is masked, or was since this exchange was posted."""
-        exchange = self._exchange
-        return src in exchange.masked or exchange.num_masked[src] != self._num_masked[src]
+        """Return whether nothing comes of a rank: it was left out, is masked, or was since this exchange was posted."""
+        masked, num_masked = self._exchange.masked, self._exchange.num_masked
+        return src in self._skip or src in masked or num_masked[src] != self._num_masked[src]
 
     @contextlib.contextmanager
     def receive(
