@@ -101,6 +101,8 @@ def refuse_descriptors(rank, pg, poor: int, spare: int) -> str:
     mine = case.inputs()[rank]
     with Pair("cpu", "shared_memory").open(pg, case.shape, timeout_s=LONG_S) as group:
         start = time.monotonic()
+        if rank != poor:
+            _await_message(group, poor)
         try:
             with descriptors_left(spare) if rank == poor else contextlib.nullcontext():
                 for _ in range(4):
@@ -114,6 +116,14 @@ def refuse_descriptors(rank, pg, poor: int, spare: int) -> str:
     with Pair("cpu", "shared_memory").open(pg, case.shape, timeout_s=LONG_S) as group:
         check_round_trip(group, case, DispatchOptions())
     return text
+
+
+def _await_message(group: ExpertGroup, src: int) -> None:
+    """Return when the first message of a rank has come, or never will."""
+    transport = group._backend._exchange.transport
+    peer = transport._peers[src]
+    while peer.sends_more() and not peer.inbox:
+        transport._progress(PROMPTLY_S)
 
 
 def refuse_memory(rank, pg, pair: Pair) -> str:
