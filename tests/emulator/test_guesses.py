@@ -181,7 +181,7 @@ def lost(run, leaving):
     def leave_and_wait(group):
         leaving.leave(group)
         for _ in range(2):
-            reported.acquire(timeout=240.0)
+            reported.acquire(timeout=60.0)
 
     def job(rank, pg, pair):
         try:

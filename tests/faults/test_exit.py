@@ -66,7 +66,7 @@ def test_a_program_with_an_open_group_ends_at_once(ranks, transport, left, tmp_p
     ]
     try:
         for rank, program in enumerate(programs):
-            out, err = program.communicate(timeout=240)
+            out, err = program.communicate(timeout=100)
             assert err == ""
             assert program.returncode == (7 if left == "error" else 0)
             assert out == ("" if left == "error" else f"done {rank}\n")
