@@ -7,7 +7,15 @@ import pytest
 from support.bench_nodes_jobs import miscounted, wrong_dispatch, wrong_leg, wrong_pair
 from support.bench_runs import bench_gpu_phases
 from tokenferry.bench.core.inputs import Sizes
-from tokenferry.bench.report.nodes import MEMORY_HEADER, MEMORY_PARTS, memory_line, memory_rows, show
+from tokenferry.bench.report.nodes import (
+    MEMORY_HEADER,
+    MEMORY_PARTS,
+    memory_line,
+    memory_rows,
+    replayed_line,
+    replayed_rows,
+    show,
+)
 from tokenferry.bench.report.tables import Table
 from tokenferry.bench.suites.nodes_shim import v1_hints
 from tokenferry.cli.bench_settings import nodes_ranks
@@ -22,11 +30,14 @@ def run(tmp_path_factory):
     return bench_gpu_phases(tmp_path_factory.mktemp("nodes"), *WORDS)
 
 
-def test_both_calls_and_their_legs_are_measured(run):
+CALLS = ["dispatch", "redispatch", "combine"]
+
+
+def test_calls_and_their_legs_are_measured(run):
     assert run.status == 0
     assert run.report["failed"] == []
     items = run.report["nodes"]
-    assert [item["call"] for item in items] == ["dispatch", "combine"]
+    assert [item["call"] for item in items] == CALLS
     for item in items:
         assert (item["nodes"], item["transport"]) == ("2 nodes of 1 rank", "process_group")
         rows = item["rows_across"]
@@ -36,6 +47,31 @@ def test_both_calls_and_their_legs_are_measured(run):
             assert 0 < item[part]["p05_us"] <= item[part]["median_us"] <= item[part]["p95_us"]
 
 
+def test_the_same_calls_are_measured_without_the_host(run):
+    items = run.report["nodes replayed"]
+    assert [item["call"] for item in items] == CALLS
+    for item in items:
+        assert (item["nodes"], item["tokens"], item["graphs"]) == ("2 nodes of 1 rank", 6, False)
+        for part in ("whole", "network", "inside"):
+            assert 0 < item[part]["p05_us"] <= item[part]["median_us"] <= item[part]["p95_us"]
+
+
+def test_calls_in_graphs_are_shown_as_such(run):
+    """As if the run had been one on GPUs."""
+    times = {"median_us": 30.0, "p05_us": 29.0, "p95_us": 31.0, "n": 20}
+    item = {**run.report["nodes replayed"][2], "graphs": True, "whole": times, "network": times | {"median_us": 20.0}}
+    item["inside"] = times | {"median_us": 15.0}
+    assert replayed_line(item) == "2 nodes of 1 rank: combine, T=6: 30.0 us in a graph"
+    assert replayed_rows([item]) == [
+        ["combine", "6", "30.0 (29.0-31.0)", "20.0 (29.0-31.0)", "15.0 (29.0-31.0)", "1.50"]
+    ]
+    kinds = {"nodes": run.report["nodes"], "nodes replayed": [item]}
+    settings = SimpleNamespace(between="nvlink", ranks=2, backend="cuda")
+    report = SimpleNamespace(items=lambda kind: kinds.get(kind, []), settings=settings, about={"gpus": {"count": 2}})
+    titles = [part.title for part in show(report) if isinstance(part, Table)]
+    assert titles[1] == "2 nodes of 1 rank, process_group, CUDA graphs, median us (5th-95th percentile)"
+
+
 HEADER = 8 * (HEADER_INTS + 2)
 """Bytes that announce a message, if it has any or not."""
 
@@ -43,7 +79,7 @@ HEADER = 8 * (HEADER_INTS + 2)
 def test_bytes_are_counted_where_they_leave(run):
     """One header for the other node. A token has ids and its number, of 8 bytes each, and weights of 4."""
     top_k = run.report["settings"]["top_k"]
-    for item, metadata in zip(run.report["nodes"], (12 * top_k + 8, 0), strict=True):
+    for item, metadata in zip(run.report["nodes"], (12 * top_k + 8, 0, 0), strict=True):
         assert item["besides_bytes"] == HEADER + item["rows_across"] * metadata
         assert item["sent_bytes"] == item["besides_bytes"] + item["rows_across"] * item["row_bytes"]
 
@@ -79,6 +115,7 @@ def test_the_table_says_what_it_shows(run):
         "loopback",
         "not rates of a network",
         "bit-equal",
+        "process_group, back to back",
         "over both legs",
         "bit-equal from a graph",
     ):

@@ -331,6 +331,15 @@ class Session:
         """
         return [seconds / parts for seconds in self.in_runs(replay, REPLAYS, self.settings.iterations)]
 
+    def in_graphs(self, work: Callable[[], object], parts: int) -> list[float]:
+        """Capture so many calls as a graph, and do as `replayed`. On CPUs, which have no graphs, make the calls."""
+
+        def several() -> None:
+            for _ in range(parts):
+                work()
+
+        return self.replayed(self.device.capture(several), parts)
+
     def in_runs(self, work: Callable[[], object], calls: int, runs: int) -> list[float]:
         """Time runs of calls back to back; return the seconds of a call of each run.
 

@@ -25,6 +25,12 @@ CHECKED = (
     "rows bit-equal to their sources, sums within rounding; as many rows crossed as there are pairs of a token and "
     "another node that it goes to"
 )
+REPLAYED_HEADER = ("call", "T", *LEGS, "over slower leg")
+REPLAYED_NOTE = (
+    "CUDA graphs: replayed back to back, so that no host takes part (CPUs have none: calls back to back); the slowest "
+    "rank's time. Here a dispatch leaves its counts on the device and, on GPUs, sends M rows to each other "
+    "node, used or not. The legs alone are the same as above, replayed as well"
+)
 DECODE_HEADER = ("pair", "T", "rows across", "MB of leg", "MB sent", *LEGS, "over both legs", "eager us")
 DECODE_NOTE = (
     "decode pair: dispatch in FP8, combine in BF16, back to back, the slowest rank's time. The legs alone: M rows to "
@@ -58,11 +64,22 @@ def rows(items: Sequence[Item]) -> list[list[str]]:
     """Return rows under `HEADER`."""
     table = []
     for item in items:
-        across, slower = item["rows_across"], max(item["network"]["median_us"], item["inside"]["median_us"])
+        across = item["rows_across"]
         rows_bytes = across * item["row_bytes"]
-        cells = _cells(item, f"{across:.1f}", rows_bytes, item["besides_bytes"], slower)
+        cells = _cells(item, f"{across:.1f}", rows_bytes, item["besides_bytes"], _slower_us(item))
         table.append([item["call"], *cells, f"{item['empty_us']:.2f}"])
     return table
+
+
+def replayed_line(item: Item) -> str:
+    """Return a call in graphs as a line."""
+    how = "in a graph" if item["graphs"] else "back to back"
+    return f"{item['nodes']}: {item['call']}, T={item['tokens']}: {item['whole']['median_us']:.1f} us {how}"
+
+
+def replayed_rows(items: Sequence[Item]) -> list[list[str]]:
+    """Return rows under `REPLAYED_HEADER`."""
+    return [[item["call"], str(item["tokens"]), *_times(item, _slower_us(item))] for item in items]
 
 
 def decode_line(item: Item) -> str:
@@ -82,15 +99,17 @@ def decode_rows(items: Sequence[Item]) -> list[list[str]]:
 
 
 def _cells(item: Item, rows_across: str, rows_bytes: float, other_bytes: float, legs_us: float) -> list[str]:
+    sizes = (f"{size / 1e6:.3f}" for size in (rows_bytes, other_bytes))
+    return [str(item["tokens"]), rows_across, *sizes, *_times(item, legs_us)]
+
+
+def _slower_us(item: Item) -> float:
+    return float(max(item["network"]["median_us"], item["inside"]["median_us"]))
+
+
+def _times(item: Item, legs_us: float) -> list[str]:
     parts = [with_percentiles(item[part]) for part in ("whole", "network", "inside")]
-    ratio = f"{item['whole']['median_us'] / legs_us:.2f}"
-    return [
-        str(item["tokens"]),
-        rows_across,
-        *(f"{size / 1e6:.3f}" for size in (rows_bytes, other_bytes)),
-        *parts,
-        ratio,
-    ]
+    return [*parts, f"{item['whole']['median_us'] / legs_us:.2f}"]
 
 
 def memory_rows(items: Sequence[Item]) -> list[list[str]]:
@@ -110,8 +129,9 @@ def memory_line(item: Item) -> str:
 
 
 def show(report: Report) -> Shown:
-    """Show calls across nodes, their memory, and pairs of decode calls."""
-    items, pairs, memory = (report.items(kind) for kind in ("nodes", "nodes decode", "nodes memory"))
+    """Show calls across nodes, the same in graphs, their memory, and pairs of decode calls."""
+    kinds = ("nodes", "nodes replayed", "nodes decode", "nodes memory")
+    items, replayed, pairs, memory = (report.items(kind) for kind in kinds)
     if items:
         title = f"{items[0]['nodes']}, {items[0]['transport']}, median us (5th-95th percentile)"
         yield Table(title, HEADER, rows(items))
@@ -121,6 +141,11 @@ def show(report: Report) -> Shown:
         if report.settings.backend == "cuda" and ranks > gpus:
             what = "take turns on them: times are not those of ranks with their own"
             yield f"{ranks} ranks share {gpus} GPU(s) and {what}"
+        if replayed:
+            how = "CUDA graphs" if replayed[0]["graphs"] else "back to back"
+            title = f"{items[0]['nodes']}, {items[0]['transport']}, {how}, median us (5th-95th percentile)"
+            yield Table(title, REPLAYED_HEADER, replayed_rows(replayed))
+            yield REPLAYED_NOTE
         if memory:
             yield Table("memory of a rank", MEMORY_HEADER, memory_rows(memory))
             yield MEMORY

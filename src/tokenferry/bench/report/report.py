@@ -45,6 +45,7 @@ GPU_NOTES = {
     "transformers": transformers.NOTE,
     "nodes": nodes.NOTE,
     "nodes checked": nodes.CHECKED,
+    "nodes replayed": nodes.REPLAYED_NOTE,
     "nodes memory": nodes.MEMORY,
     "nodes decode": nodes.DECODE_NOTE,
     "nodes decode checked": nodes.DECODE_CHECKED,
@@ -93,6 +94,7 @@ class Report:
             "two_batch": decode.two_batch_line,
             "eager": eager.line,
             "nodes": nodes.line,
+            "nodes replayed": nodes.replayed_line,
             "nodes memory": nodes.memory_line,
             "nodes decode": nodes.decode_line,
         }.get(kind)

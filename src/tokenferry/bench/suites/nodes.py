@@ -1,7 +1,9 @@
-"""Dispatch and combine in a group of several nodes, beside each of their two legs alone.
+"""Dispatch, redispatch and combine in a group of several nodes, beside each of their two legs alone.
 
 The legs are the same rows: between nodes, already packed, by send and receive of `torch.distributed`; inside a node by
 the calls of a group of one node, in which a rank also has the tokens that it passes on.
+
+Each call is timed alone, as a program feels it, and in CUDA graphs, where no host takes part.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +28,7 @@ from tokenferry.bench.core.checks import (
     must_equal,
     raise_together,
 )
+from tokenferry.bench.core.device import no_collections
 from tokenferry.bench.core.inputs import Inputs, Sizes, draw, expert
 from tokenferry.bench.core.session import Session, Step
 from tokenferry.bench.suites.host_time import empty_us
@@ -32,9 +36,12 @@ from tokenferry.bench.suites.nodes_bytes import sent_across
 from tokenferry.bench.suites.nodes_shim import v1_hints
 from tokenferry.cost.rows import network_rows
 from tokenferry.topology import Topology
-from tokenferry.types import MoeShape, Plan, Routing
+from tokenferry.types import DispatchOptions, MoeShape, Plan, Routing
 
 _EMPTY_BATCHES = 3
+_ON_DEVICE = DispatchOptions(counts="device")
+_CALLS = 2
+"""Calls in a graph, which keeps the memory of each."""
 LEGS = ("whole", "network", "inside")
 """A call and its two legs, in reports."""
 
@@ -57,6 +64,12 @@ class _Calls:
 
     def dispatch(self, _iteration: int) -> object:
         return self.group.dispatch(self.x, self.routing)
+
+    def dispatch_counted_on_device(self, _iteration: int) -> object:
+        return self.group.dispatch(self.x, self.routing, options=_ON_DEVICE)
+
+    def redispatch(self, _iteration: int) -> object:
+        return self.group.redispatch(self.x, self.plan)
 
     def combine(self, _iteration: int) -> object:
         return self.group.combine(self.y, self.plan)
@@ -91,7 +104,7 @@ class Rail:
 
 @torch.no_grad()
 def measure_nodes(session: Session) -> None:
-    """Check, then time dispatch and combine of each T, and their legs in turns with them.
+    """Check, then time the calls of each T, and their legs in turns with them.
 
     Raises:
         WrongAnswer: rows or sums are wrong, or another number of rows crossed the network.
@@ -106,18 +119,18 @@ def _measure(session: Session, sizes: Sizes) -> None:
         topology = whole.group.topology
         crossed = rows_across(whole.plan, topology)
         _check(session, sizes, whole, network, crossed)
-        calls: dict[str, list[Step]] = {
-            "dispatch": [whole.dispatch, network.dispatch, inside.dispatch],
+        along: dict[str, list[Step]] = {
+            "redispatch": [whole.redispatch, network.dispatch, inside.redispatch],
             "combine": [whole.combine, network.combine, inside.combine],
         }
+        about = {"tokens": sizes.tokens, "nodes": str(topology), "transport": whole.group.transport}
+        calls: dict[str, list[Step]] = {"dispatch": [whole.dispatch, network.dispatch, inside.dispatch], **along}
         for name, steps in calls.items():
             times = [one.isolated for one in session.time(steps)]
             rows, sent = sum(session.gather(crossed)) / sizes.ranks, _sent(session, whole.group, steps[0])
             case = {
                 "call": name,
-                "tokens": sizes.tokens,
-                "nodes": str(topology),
-                "transport": whole.group.transport,
+                **about,
                 "rows_across": rows,
                 "row_bytes": 2 * sizes.hidden,
                 "sent_bytes": sent,
@@ -126,6 +139,18 @@ def _measure(session: Session, sizes: Sizes) -> None:
                 **session.summaries(dict(zip(LEGS, times, strict=True))),
             }
             session.send({"nodes": case})
+        counted: list[Step] = [whole.dispatch_counted_on_device, network.dispatch, inside.dispatch_counted_on_device]
+        for name, steps in {"dispatch": counted, **along}.items():
+            session.attempt(f"{name}, T={sizes.tokens}, in graphs", _measure_replays, session, name, steps, about)
+
+
+def _measure_replays(session: Session, name: str, steps: Sequence[Step], about: Mapping[str, object]) -> None:
+    """Time a call and its legs in graphs."""
+    with no_collections():
+        seconds = [session.in_graphs(partial(step, 0), _CALLS) for step in steps]
+    graphs = session.settings.backend == "cuda"
+    times = session.summaries(dict(zip(LEGS, seconds, strict=True)))
+    session.send({"nodes replayed": {"call": name, "graphs": graphs, **about, **times}})
 
 
 def _sent(session: Session, group: ExpertGroup, step: Step) -> float:

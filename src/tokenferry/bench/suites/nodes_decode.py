@@ -7,7 +7,7 @@ node, in which a rank also has the tokens that it acts for. On CPUs, which have 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -98,7 +98,7 @@ def _measure(session: Session, sizes: Sizes) -> None:
         for numerics in ("exact", "fast"):
             with no_collections():
                 works = (partial(legs.whole.run, numerics), legs.cross, partial(legs.inside.run, numerics))
-                seconds = [_graph_seconds(session, work) for work in works]
+                seconds = [session.in_graphs(work, PAIRS) for work in works]
                 [eager] = session.back_to_back([without_index(works[0])])
             sent = session.gather(sent_across(legs.whole.group, works[0]))
             item = {
@@ -113,16 +113,6 @@ def _measure(session: Session, sizes: Sizes) -> None:
                 **session.summaries(dict(zip(("eager", *LEGS), (eager, *seconds), strict=True))),
             }
             session.send({"nodes decode": item})
-
-
-def _graph_seconds(session: Session, work: Callable[[], object]) -> list[float]:
-    """Return the seconds of a call in graphs of `PAIRS` of them, replayed one after the other."""
-
-    def several() -> None:
-        for _ in range(PAIRS):
-            work()
-
-    return session.replayed(session.device.capture(several), PAIRS)
 
 
 @contextmanager
