@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 from tokenferry.errors import ArgumentError, CapacityError, RoutingError, ShapeError
 
@@ -214,9 +216,25 @@ def check_dense(call: str, name: str, tensor: Tensor) -> None:
 
 
 def check_plain(call: str, name: str, value: object) -> None:
-    """Raise ShapeError for a tensor whose memory does not hold its values, so that its bytes cannot be sent."""
+    """Raise for a tensor whose memory does not hold its values, or not all of it: its bytes cannot stand for it.
+
+    Raises:
+        ShapeError: its values lie elsewhere.
+        ArgumentError: it has a tangent.
+    """
     if not isinstance(value, Tensor):
         return
+    if torch._C._functorch.is_functorch_wrapped_tensor(value) or isinstance(value, FakeTensor):
+        raise ShapeError(
+            f"{call}: {name}: expected a tensor with values in memory, got one of torch.vmap, torch.func or "
+            "FakeTensorMode, which stands for others; make the call outside of it"
+        )
+    tangent = forward_ad.unpack_dual(value).tangent if forward_ad._current_level >= 0 else None  # type: ignore[no-untyped-call]
+    if tangent is not None:
+        raise ArgumentError(
+            f"{call}: {name}: has a tangent of forward-mode differentiation, which would be lost: there are gradients "
+            "of backward only, in tokenferry.autograd; pass forward_ad.unpack_dual(...).primal"
+        )
     check_dense(call, name, value)
     if value.is_neg() or value.is_conj():
         raise ShapeError(

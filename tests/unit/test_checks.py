@@ -2,12 +2,15 @@
 
 import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 
 import tokenferry
-from tokenferry import ArgumentError, CapacityError, RoutingError, ShapeError
+from tokenferry import ArgumentError, CapacityError, RoutingError, ShapeError, autograd
 from tokenferry.checks import FLOATS, Checks, NodeLimit, check_plain, fits
 
 
@@ -101,6 +104,36 @@ def test_memory_that_holds_other_values():
         with pytest.raises(ShapeError, match=r"dispatch: x: .*negated or conjugated.*resolve_neg\(\)"):
             check_plain("dispatch", "x", make(ONES))
     check_plain("dispatch", "x", ONES)
+
+
+STAND_INS = {
+    "vmap": lambda call: torch.vmap(call)(ONES[None]),
+    "grad": lambda call: torch.func.grad(call)(ONES),
+    "functionalize": lambda call: torch.func.functionalize(call)(ONES),
+    "FakeTensorMode": lambda call: call(FakeTensorMode().from_tensor(ONES)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+@pytest.mark.parametrize("kind", STAND_INS)
+def test_tensors_that_stand_for_others(kind):
+    """Torch raised when they were read, which broke the group."""
+    where = tokenferry.Routing(torch.zeros(3, 2, dtype=torch.int64))
+    with tokenferry.ExpertGroup(None, tokenferry.MoeShape(4, 2, 8, 64), backend="cpu") as group:
+        for call in (group.dispatch, group.decode_dispatch):
+            with pytest.raises(ShapeError, match=f"{call.__name__}: x: .*values in memory"):
+                STAND_INS[kind](lambda x, call=call: call(x, where).x)
+        assert group.dispatch(ONES, where).x.shape == (3, 8)
+
+
+def test_tangents_are_not_lost_without_a_word():
+    where = tokenferry.Routing(torch.zeros(3, 2, dtype=torch.int64))
+    with tokenferry.ExpertGroup(None, tokenferry.MoeShape(4, 2, 8, 64), backend="cpu") as group, dual_level():
+        x = make_dual(ONES, ONES)
+        for call in (group.dispatch, group.decode_dispatch, partial(autograd.dispatch, group)):
+            with pytest.raises(ArgumentError, match=r"dispatch: x: has a tangent"):
+                call(x, where)
+        assert group.dispatch(unpack_dual(x).primal, where).x.shape == (3, 8)
 
 
 def test_any_dtype_where_none_is_asked_for(check):
