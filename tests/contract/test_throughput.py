@@ -22,6 +22,7 @@ from support.throughput_jobs import (
     plans_in_other_views,
     quantized_rows,
     round_trips,
+    rows_that_begin_anywhere,
 )
 from tokenferry import DispatchOptions, Layout
 from tokenferry.testing.cases import Case
@@ -124,6 +125,10 @@ def test_groups_on_one_process_group_do_not_mix(run, pair, ranks):
 
 def test_plans_work_in_other_views_of_their_group(run, pair):
     run(pair, 3, plans_in_other_views)
+
+
+def test_rows_may_begin_anywhere(run, pair):
+    run(pair, 2, rows_that_begin_anywhere)
 
 
 def what_a_group_is(rank, pg, pair: Pair, ranks: int) -> None:

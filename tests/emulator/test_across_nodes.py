@@ -102,6 +102,10 @@ def test_plans_of_other_times_and_views(run, job):
     run(3, job, ranks_per_node=1)
 
 
+def test_rows_may_begin_anywhere(run):
+    run(2, throughput_jobs.rows_that_begin_anywhere, ranks_per_node=1)
+
+
 # ---------------------------------------------------------------------- plans
 
 

@@ -33,6 +33,7 @@ def test_the_rest_of_the_throughput_calls(run, ranks):
     run(ranks, throughput_jobs.overflow, ranks)
     run(3, throughput_jobs.plans_in_other_views)
     run(3, throughput_jobs.many_plans)
+    run(2, throughput_jobs.rows_that_begin_anywhere)
 
 
 def test_decode_rounds(run):

@@ -17,7 +17,7 @@ from support.throughput import (
     quantized,
     routing_of,
 )
-from tokenferry import CapacityError, DispatchOptions, Layout, MoeShape
+from tokenferry import CapacityError, DispatchOptions, Layout, MoeShape, Quantized, Routing
 from tokenferry.testing.cases import Case
 from tokenferry.testing.compare import same_bits
 
@@ -119,6 +119,29 @@ def many_plans(rank, pg, pair: Pair) -> None:
             same_bits(f"{deal} x", sent.x[deal.places], deal.oracle.x(rank))
             check_combine(group, deal, sent, None, 1, False, True)
             check_combine(group, deal, sent, None, 1, False, True)
+
+
+def rows_that_begin_anywhere(rank, pg, pair: Pair) -> None:
+    """Contiguous rows that are views of a part of a tensor, as those of a buffer for rows and scales are."""
+    ranks = pg.size()
+    with pair.open(pg, MoeShape(ranks, 1, 32, 4)) as group:
+        where = Routing(torch.full((3, 1), (rank + 1) % ranks, dtype=torch.int64, device=group.device))
+        for dtype in (torch.bfloat16, torch.float32):
+            for start in (1, 3):
+                flat = torch.arange(start + 3 * 32, device=group.device).to(dtype)
+                x = flat[start:].view(3, 32)
+                sent = group.dispatch(x, where)
+                same_bits("dispatch", sent.x, x)
+                same_bits("redispatch", group.redispatch(x, sent.plan).x, x)
+                y = flat.clone()[start:].view(3, 32)
+                same_bits("combine", group.combine(y, sent.plan).x, x)
+                decoded = group.decode_dispatch(x.bfloat16(), where)
+                same_bits("decode_dispatch", decoded.x[0, :3], x.bfloat16())
+        flat = torch.arange(5 + 3 * 32, device=group.device).to(torch.uint8)
+        rows = Quantized(flat[5:].view(3, 32), torch.ones(7, device=group.device, dtype=torch.float32)[1:].view(3, 2))
+        sent = group.dispatch(rows, where)
+        same_bits("quantized rows", sent.x.data, rows.data)
+        same_bits("their scales", sent.x.scale, rows.scale)
 
 
 def plans_in_other_views(rank, pg, pair: Pair) -> None:

@@ -102,3 +102,47 @@ def test_padding_is_zeroed_and_no_rows():
     filled = [i for each in RANGES for i in each]
     assert [i for i in range(15) if out[i].eq(7.0).all()] == filled
     assert not out[[i for i in range(15) if i not in filled]].any()
+
+
+def shifted(rows: int, by: int, *, in_numpy: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return two tensors of so many rows, of which one begins so many rows behind the other: of one storage or two."""
+    torch.manual_seed(3)
+    whole = torch.randn(rows + abs(by), 8, dtype=torch.float32)
+    at = (max(-by, 0), max(by, 0))
+    if in_numpy:
+        memory = whole.numpy()
+        first, second = (torch.from_numpy(memory[start : start + rows]) for start in at)
+    else:
+        first, second = (whole[start : start + rows] for start in at)
+    return first, second
+
+
+@pytest.mark.parametrize("in_numpy", [False, True])
+@pytest.mark.parametrize("by", [-7, 0, 7])
+@pytest.mark.parametrize("what", ["y", "bias", "second bias"])
+def test_sums_may_overwrite_what_they_are_sums_of(monkeypatch, what, by, in_numpy):
+    """Blocks of three rows are written one after the other."""
+    monkeypatch.setattr(cpu_routing, "_BLOCK_BYTES", 3 * 4 * 8)
+    first, out = shifted(20, by, in_numpy=in_numpy)
+    other = torch.full((20, 8), 2.0, dtype=torch.float32)
+    with tokenferry.ExpertGroup(None, tokenferry.MoeShape(1, 1, 8, 20), backend="cpu") as group:
+        where = tokenferry.Routing(torch.zeros(20, 1, dtype=torch.int64))
+        plan = group.dispatch(other, where).plan
+        y, bias = {"y": (first, other), "bias": (other, first), "second bias": (other, (other, first))}[what]
+        wanted = group.combine(y, plan, bias=bias).x.clone()
+        done = group.combine(y, plan, bias=bias, out=out)
+    assert done.x is out
+    assert torch.equal(out, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("start", range(9))
+def test_rows_are_copied_in_the_widest_integers_that_fit(dtype, start):
+    """They may begin anywhere: views of a part of a larger tensor do."""
+    flat = torch.arange(start + 3 * 16, device="cpu").to(dtype)
+    rows, place = flat[start:].view(3, 16), torch.zeros(3, 16, dtype=dtype)
+    words, out = cpu_routing.as_words(rows, place)
+    size = min(8, (start * dtype.itemsize & -start * dtype.itemsize) or 8)
+    assert (words.dtype, words.element_size()) == (out.dtype, size)
+    out.copy_(words)
+    assert torch.equal(place, rows)

@@ -376,7 +376,7 @@ def test_dispatches_that_are_not_plainly_right_take_the_general_path(x):
 
 
 def test_combines_that_are_not_plainly_right_take_the_general_path():
-    """Shapes and dtypes of biases and outputs are checked every time; the rows may not be where sums are written."""
+    """Shapes and dtypes of biases and outputs are checked every time; sums are not written over what is read."""
     group, x = SilentGroup(SHAPE).group, rows_of(T, H)
     sent = group.dispatch(x, routing())
     y = rows_of(6, H)
@@ -393,7 +393,26 @@ def test_combines_that_are_not_plainly_right_take_the_general_path():
         for out in (y, UNALIGNED):
             with pytest.raises(KeyError):
                 group.combine(y, sent.plan, out=out)
-    assert general.call_count == 2
+        two = rows_of(T + 1, H)
+        with pytest.raises(KeyError):
+            group.combine(y, sent.plan, bias=(x, two[:T]), out=two[1:])
+    assert general.call_count == 3
+    assert group.combine(y, sent.plan, bias=x, out=x).x is x
+
+
+def test_sums_are_copied_to_where_what_is_read_lies():
+    silent = SilentGroup(SHAPE)
+    sent, two = silent.group.dispatch(rows_of(T, H), routing()), rows_of(T + 1, H)
+    y = rows_of(6, H)
+    for bias, out, copied in (
+        (two[:T], two[1:], True),
+        (two[:T], two[:T], False),
+        (y[:1].expand(T, H).clone(), two[1:], False),
+    ):
+        silent.launches.clear()
+        assert silent.group.combine(y, sent.plan, bias=bias, out=out).x is out
+        [launch] = [each for each in silent.launches if each[0] == "combine_push"]
+        assert (launch[-1]["out"] != out.data_ptr()) == copied
 
 
 def test_decode_calls_that_are_not_plainly_right_take_the_general_path():

@@ -33,6 +33,18 @@ def drop_ranks(topk_idx: Tensor, ranks: frozenset[int], num_local: int) -> Tenso
     return topk_idx
 
 
-def overlap(a: Tensor, b: Tensor) -> bool:
-    """Return whether two tensors share a storage, and so may overlap."""
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+def may_write_to(out: Tensor, y: Tensor, biases: tuple[Tensor, ...] = ()) -> bool:
+    """Return whether sums of rows ``y`` and biases may be written to ``out``, row by row, while these are read.
+
+    All are contiguous; they may lie in one storage, or in several of the same memory. A bias that begins where ``out``
+    does is read just before it is overwritten.
+    """
+    start = out.data_ptr()
+    end, at = start + out.nbytes, y.data_ptr()
+    if at < end and start < at + y.nbytes:
+        return False
+    for bias in biases:
+        at = bias.data_ptr()
+        if at != start and at < end and start < at + bias.nbytes:
+            return False
+    return True

@@ -10,7 +10,7 @@ from tokenferry.backends.cpu.dispatch import LAYOUT_CODES
 from tokenferry.backends.cpu.exchange import Exchange, Kind, Signature
 from tokenferry.backends.cpu.payload import Payload
 from tokenferry.backends.cpu.route import Route
-from tokenferry.backends.tensors import overlap, without_autocast
+from tokenferry.backends.tensors import may_write_to, without_autocast
 from tokenferry.formats.dtypes import dtype_code
 from tokenferry.types import Combined, Layout
 
@@ -20,17 +20,15 @@ def combine(exchange: Exchange, route: Route, request: CombineRequest) -> Combin
     """Send the rows back to the tokens' ranks, and sum those that arrive."""
     plan, allocator = request.plan, exchange.allocator
     payload = _payload(request)
-    # This rank's own rows are read in place, unless the sums may overwrite them.
-    copy_own = request.out is not None and overlap(request.out, request.y)
     out = request.out
-    if out is None:
+    if out is None or not may_write_to(out, request.y, request.biases):
         out = allocator.empty(plan.num_tokens, request.y.shape[-1], dtype=request.y.dtype)
     weight_sum = None
     if request.topk_weights is not None:
         weight_sum = torch.empty(plan.num_tokens, plan.topk_idx.shape[1], dtype=torch.float32, device="cpu")
     # `out` may come from inference mode, and be filled outside of it.
     with (
-        route.combine(_signature(request, payload), payload, plan, request.y.dtype, copy_own=copy_own) as addends,
+        route.combine(_signature(request, payload), payload, plan, request.y.dtype) as addends,
         torch.inference_mode(),
     ):
         rows = [addends.payload.view_rows(source) for source in addends.rows]
@@ -38,6 +36,8 @@ def combine(exchange: Exchange, route: Route, request: CombineRequest) -> Combin
         if weight_sum is not None:
             weights = [addends.payload.gather_metadata([source])["weights"] for source in addends.rows]
             cpu_routing.reduce_rows(weight_sum, addends.tokens, weights, allocator)
+        if request.out is not None and out is not request.out:
+            out = request.out.copy_(out)
     return Combined(out, weight_sum)
 
 

@@ -83,9 +83,10 @@ class Payload:
             sections[0].copy_(as_bytes(self._rows[which]))
             sections[1].copy_(self._joined[which])
             return
-        for section, piece in zip(sections, (as_words(self._rows), as_words(self._joined)), strict=True):
+        for section, piece in zip(sections, (self._rows, self._joined), strict=True):
             if section.numel():
-                torch.index_select(piece, 0, which, out=as_words(section))
+                words, out = as_words(piece, section)
+                torch.index_select(words, 0, which, out=out)
 
     def view_rows(self, source: ReceivedRows) -> Tensor:
         """Return the rows of one source as ``[rows, width]``, without a copy if they are contiguous."""
@@ -103,13 +104,13 @@ class Payload:
         start = 0
         for source in received:
             num = source.num_rows
-            part = as_words(whole[start : start + num])
-            if num and source.sections:
-                part.copy_(as_words(source.sections[0]))
-            elif num and isinstance(source.own, Tensor):
-                torch.index_select(as_words(self._rows), 0, source.own, out=part)
+            part = whole[start : start + num]
+            if num and isinstance(source.own, Tensor):
+                rows, out = as_words(self._rows, part)
+                torch.index_select(rows, 0, source.own, out=out)
             elif num:
-                part.copy_(as_words(self._rows[source.own]))
+                rows, out = as_words(source.sections[0] if source.sections else self._rows[source.own], part)
+                out.copy_(rows)
             start += num
         return whole
 

@@ -63,7 +63,7 @@ class Route(Protocol):
         ...
 
     def combine(
-        self, signature: Signature, payload: Payload, plan: Plan, dtype: torch.dtype, *, copy_own: bool
+        self, signature: Signature, payload: Payload, plan: Plan, dtype: torch.dtype
     ) -> contextlib.AbstractContextManager[Addends]:
         """Send the received rows home; sums on the way are rounded to ``dtype``."""
         ...
@@ -92,14 +92,10 @@ class Direct:
             yield Arrived(received, torch.empty(0, 0, dtype=torch.int32, device="cpu"))
 
     @contextlib.contextmanager
-    def combine(
-        self, signature: Signature, payload: Payload, plan: Plan, dtype: torch.dtype, *, copy_own: bool
-    ) -> Iterator[Addends]:
+    def combine(self, signature: Signature, payload: Payload, plan: Plan, dtype: torch.dtype) -> Iterator[Addends]:
         """See `Route.combine`."""
         counts = plan.src_counts.tolist()
-        pending = self._exchange.start(
-            signature, Outgoing(payload, consecutive_slices(counts), counts), copy_own=copy_own
-        )
+        pending = self._exchange.start(signature, Outgoing(payload, consecutive_slices(counts), counts))
         with pending.receive() as received:
             tokens = tokens_by_rank(plan)
             pending.check_counts(received, [each.numel() for each in tokens])

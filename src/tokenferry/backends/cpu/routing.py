@@ -101,14 +101,14 @@ def expand_rows(rows: Tensor, row_idx: Tensor, ranges: Sequence[range], out: Ten
     source = torch.empty(out.shape[0], dtype=torch.int64, device="cpu")
     row, slot = (row_idx >= 0).nonzero().unbind(1)
     source[row_idx[row, slot]] = row
-    words, out = as_words(rows), as_words(out)
+    words, out = as_words(rows, out)
     for here in _joined(ranges):
         torch.index_select(words, 0, source[here], out=out[here])
 
 
 def zero_padding(ranges: Sequence[range], out: Tensor) -> None:
     """Set ``out`` to zero outside of the experts' ``ranges``."""
-    out, end = as_words(out), 0
+    (out,), end = as_words(out), 0
     for here in _joined(ranges):
         out[end : here.start] = 0
         end = here.stop
@@ -235,14 +235,18 @@ def as_bytes(rows: Tensor) -> Tensor:
     return flat.view(torch.uint8).view(rows.shape[0], rows.shape[1] * rows.element_size())
 
 
-def as_words(rows: Tensor) -> Tensor:
-    """View ``[n, width]`` contiguous rows as the widest integers that divide a row, so that copying rows is cheap."""
-    rows = as_bytes(rows)
-    width = rows.shape[1]
+def as_words(*rows: Tensor) -> list[Tensor]:
+    """View ``[n, width]`` contiguous rows as integers, so that copying them is cheap.
+
+    All have the same bytes in a row, and become the widest integers that divide these and the places where they begin.
+    """
+    views = [as_bytes(each) for each in rows]
+    width = views[0].shape[1]
     for dtype, size in ((torch.int64, 8), (torch.int32, 4), (torch.int16, 2)):
-        if width % size == 0 and width:
-            return rows.view(dtype) if len(rows) else torch.empty(0, width // size, dtype=dtype, device="cpu")
-    return rows
+        if width and width % size == 0 and all(view.storage_offset() % size == 0 for view in views):
+            none = torch.empty(0, width // size, dtype=dtype, device="cpu")
+            return [view.view(dtype) if len(view) else none for view in views]
+    return views
 
 
 def hits(topk_idx: Tensor, width: int, num: int) -> Tensor:

@@ -48,10 +48,8 @@ class TwoLevels:
         return self._move(signature, payload, tokens_by_rank(plan), lambda node, _rows: relay[node], plan)
 
     @contextlib.contextmanager
-    def combine(
-        self, signature: Signature, payload: Payload, plan: Plan, dtype: torch.dtype, *, copy_own: bool
-    ) -> Iterator[Addends]:
-        """See `Route.combine`. Rows are never copied: when the result is written, their sums have been made."""
+    def combine(self, signature: Signature, payload: Payload, plan: Plan, dtype: torch.dtype) -> Iterator[Addends]:
+        """See `Route.combine`."""
         levels, deadline = self._levels, Deadline(self._exchange.timeout_s)
         total = self._sum_here(signature, payload, plan, dtype, deadline)
         tokens = [distinct(tokens_by_rank(plan), ranks) for ranks in levels.nodes]

@@ -16,7 +16,7 @@ from tokenferry.backends.cuda.context import Call, Context, LaunchTemplate
 from tokenferry.backends.cuda.plan import LAYOUT_CODES
 from tokenferry.backends.cuda.results import PlanAddresses, addresses_of
 from tokenferry.backends.cuda.signature import Signature
-from tokenferry.backends.tensors import overlap
+from tokenferry.backends.tensors import may_write_to
 from tokenferry.formats.dtypes import dtype_code
 from tokenferry.kernels.codes import PIECE_BYTES
 from tokenferry.kernels.combine_push import spec as push_spec
@@ -303,9 +303,11 @@ class Combiner:
 
 
 def direct_out(request: CombineRequest) -> Tensor | None:
-    """Return ``out`` of a request if kernels can write it: aligned, and apart from the rows. Pure."""
+    """Return ``out`` of a request if kernels can write it: aligned, and apart from what they read. Pure."""
     out = request.out
-    return None if out is None or out.data_ptr() % 16 or overlap(out, request.y) else out
+    if out is None or out.data_ptr() % 16 or not may_write_to(out, request.y, request.biases):
+        return None
+    return out
 
 
 def delivered(request: CombineRequest, done: Combined) -> Combined:

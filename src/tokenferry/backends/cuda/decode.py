@@ -28,7 +28,7 @@ from tokenferry.backends.cuda.launch import address
 from tokenferry.backends.cuda.plan import too_large
 from tokenferry.backends.cuda.signature import Signature
 from tokenferry.backends.cuda.workspace import Workspace, Workspaces
-from tokenferry.backends.tensors import drop_ranks, overlap
+from tokenferry.backends.tensors import drop_ranks, may_write_to
 from tokenferry.errors import ConfigError
 from tokenferry.kernels.control_block import TRACE_WORDS
 from tokenferry.kernels.decode_words import BAD, NONE, RECEIVE, REPEATED, SEND
@@ -334,7 +334,7 @@ class Decoder(Decoding):
         if known is None or known.workspace != workspace.number:
             known = self._combines[kind] = new_combine_form(context, signature, workspace, kind)
         out = request.out
-        if out is not None and (out.data_ptr() % 16 or overlap(out, y)):
+        if out is not None and (out.data_ptr() % 16 or not may_write_to(out, y)):
             out = None
         parts = parts_of(plan, weights, stats.wait_ns)
         copy_to = None if request.out is out else request.out

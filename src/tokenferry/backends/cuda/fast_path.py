@@ -23,7 +23,7 @@ from tokenferry.backends.cuda.forms import Payload, is_bulk, row_kind
 from tokenferry.backends.cuda.launch import WIDEST_SCALE, RowKind
 from tokenferry.backends.cuda.results import LazyPlan
 from tokenferry.backends.cuda.signature import Signature
-from tokenferry.backends.tensors import overlap
+from tokenferry.backends.tensors import may_write_to
 from tokenferry.types import (
     Combined,
     DecodeCombined,
@@ -226,7 +226,7 @@ class CudaFastPath:
             self._context.broken
             or not checks.sums_look_right(y, rows)
             or (biases and not self._may_be_biases(biases, y, num_tokens))
-            or (out is not None and not self._may_be_written(out, y, num_tokens))
+            or (out is not None and not self._may_be_written(out, y, num_tokens, biases))
             or (
                 topk_weights is not None
                 and not checks.weights_look_right(
@@ -331,10 +331,10 @@ class CudaFastPath:
                 return False
         return len(biases) <= _MAX_BIASES
 
-    def _may_be_written(self, out: Tensor, y: Tensor, num_tokens: int) -> bool:
-        """Return whether kernels can certainly write the sums of rows ``y`` to ``out`` themselves."""
+    def _may_be_written(self, out: Tensor, y: Tensor, num_tokens: int, biases: tuple[Tensor, ...] = ()) -> bool:
+        """Return whether kernels can certainly write the sums of rows ``y`` and biases to ``out`` themselves."""
         looks_right = self._checks.out_looks_right(out, num_tokens, y.dtype)
-        return looks_right and not out.data_ptr() % 16 and not overlap(out, y)
+        return looks_right and not out.data_ptr() % 16 and may_write_to(out, y, biases)
 
     def _known_dispatch(self, x: Tensor, routing: Routing, quantize: Scale | None) -> Any:  # noqa: ANN401
         """Return the form of a decode dispatch if one like it has been made; the general path makes the first."""

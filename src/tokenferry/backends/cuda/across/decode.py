@@ -45,7 +45,7 @@ from tokenferry.backends.cuda.decode_forms import (
 from tokenferry.backends.cuda.launch import address
 from tokenferry.backends.cuda.signature import Signature
 from tokenferry.backends.cuda.workspace import Workspace, Workspaces
-from tokenferry.backends.tensors import drop_ranks, overlap
+from tokenferry.backends.tensors import drop_ranks, may_write_to
 from tokenferry.kernels.decode_words import RECEIVE, SEND
 from tokenferry.memory.empty import part_of
 from tokenferry.topology import Topology
@@ -279,7 +279,7 @@ class AcrossDecoder(Decoding):
             form = self._sums.form(of, sizes, seen, signature, workspace)
             self._rails.check(signature.phase, sizes.segment * max(form.row_bytes, 4 * sizes.top_k))
             self._sum_forms[of] = form
-        if out is not None and (out.data_ptr() % 16 or overlap(out, y)):
+        if out is not None and (out.data_ptr() % 16 or not may_write_to(out, y)):
             out = None
         parts = parts_of(plan, plan.topk_weights.contiguous(), request.stats.wait_ns)
         copy_to = None if request.out is out else request.out
