@@ -15,7 +15,7 @@ from support import deep_ep_decode_jobs, node_masks
 from support.emulated_group import Puts, SynchronousJit, SynchronousKernel, emulate, in_processes
 from support.emulator import Emulator
 from support.fake_network import Put, Weather
-from support.masks import Absence, by_hand, make_all_calls, skip_and_return
+from support.masks import Absence, by_hand, make_all_calls, other_calls_under_masks, skip_and_return
 from support.node_masks import CASE, LOST, NodeAbsence
 
 pytestmark = pytest.mark.skipif(bool(Emulator.missing()), reason=str(Emulator.missing()))
@@ -149,6 +149,11 @@ def test_warmup_masks_a_rank_that_does_not_come(pairs):
 @pytest.mark.parametrize("lost", [(3,), (2, 3), (1, 2)], ids=str)
 def test_ranks_masked_by_hand(run, lost):
     run(4, node_masks.masked_by_hand, lost, ranks_per_node=2, puts=Puts(STORM, MAPPED["some"]))
+
+
+@pytest.mark.usefixtures("both_paths")
+def test_masks_are_of_decode_calls_alone(run):
+    run(4, other_calls_under_masks, ranks_per_node=2, puts=Puts(STORM, MAPPED["some"]))
 
 
 def test_synchronize_completes_what_was_put(run):

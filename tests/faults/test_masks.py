@@ -25,12 +25,13 @@ from support.masks import (
     in_a_graph,
     lost_in_replays,
     masked_meanwhile,
+    other_calls_under_masks,
     sent_to_one,
     skip_and_return,
     under_load,
 )
 from support.new_sizes import Start, lost_at_the_start, new_sizes_apart, new_sizes_by_hand
-from support.pairs import CPU_PAIRS, CUDA_PAIRS, NUM_GPUS, Pair
+from support.pairs import CPU_PAIRS, CUDA_PAIRS, NODES, NUM_GPUS, Pair
 from support.worlds import run_at_once
 from tokenferry import PeerTimeout
 from tokenferry.testing.world import World, WorldError
@@ -67,6 +68,12 @@ def test_a_rank_comes_back(jobs, name):
 def test_hooks_that_are_pending_while_ranks_are_masked(worlds, pair):
     """What was under way between them is lost, and nobody waits for it."""
     worlds(3).run(masked_meanwhile, pair)
+
+
+@pytest.mark.parametrize(("pair", "ranks"), [(CPU_PAIRS[0], 3), *((pair, 3) for pair in CUDA_PAIRS), *NODES[::3]])
+def test_masks_are_of_decode_calls_alone(worlds, pair, ranks):
+    """Across nodes, a dispatch lost rows of ranks that were masked, without a word."""
+    worlds(ranks, pair.backend).run(other_calls_under_masks, pair)
 
 
 def stop_under_load(pair: Pair, losses: Iterable[tuple[int, ...]], folder: Path) -> dict[tuple[int, ...], list[dict]]:

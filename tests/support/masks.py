@@ -10,7 +10,7 @@ import torch
 
 from support.decoding import Step, check_combined, check_received
 from support.throughput import check_round_trip
-from tokenferry import ArgumentError, DecodeDispatched, DispatchOptions, ExpertGroup, Routing, Scale
+from tokenferry import ArgumentError, DecodeDispatched, DispatchOptions, ExpertGroup, MoeShape, Routing, Scale
 from tokenferry.testing.cases import Case
 
 LOST = 2
@@ -368,6 +368,23 @@ def masked_meanwhile(rank: int, pg, pair) -> None:
         assert late.expert_counts.tolist() == counts
         torch.testing.assert_close(home.x, sums, rtol=1e-5, atol=1e-5)
         Iterations(group, CASE).several(3)
+
+
+def other_calls_under_masks(rank: int, pg, pair) -> None:
+    """Rank 0 and the others mask each other by hand; a dispatch and its combine include all of them."""
+    ranks = range(pg.size())
+    with pair.open(pg, MoeShape(len(ranks), len(ranks), 16, 1), timeout_s=30.0) as group:
+        for other in [0] if rank else ranks[1:]:
+            group.mask(other)
+        x = torch.full((1, 16), 1.0 + rank, device=group.device)
+        for counts in ("host", "device"):
+            routing = Routing(torch.tensor([list(ranks)], dtype=torch.int64, device=group.device))
+            sent = group.dispatch(x, routing, options=DispatchOptions(counts=counts))
+            assert sent.plan.src_counts.tolist() == [1] * len(ranks)
+            assert sent.x[: len(ranks), 0].tolist() == [1.0 + source for source in ranks]
+            again = group.redispatch(x, sent.plan)
+            assert torch.equal(again.x[: len(ranks)], sent.x[: len(ranks)])
+            assert torch.equal(group.combine(again.x, sent.plan).x, len(ranks) * x)
 
 
 def sent_to_one(rank: int, pg, pair, folder: str, timeout_s: float) -> None:

@@ -168,34 +168,34 @@ class CpuBackend:
     def dispatch(self, request: DispatchRequest) -> Dispatched[Tensor | Quantized]:
         """See `tokenferry.backends.cpu.dispatch`."""
         _check_no_sms("dispatch", request.num_sms)
-        self._exchange.catch_up()
-        return dispatch.dispatch(self._exchange, self._route, self.key, request)
+        with self._exchange.call("dispatch"):
+            return dispatch.dispatch(self._exchange, self._route, self.key, request)
 
     @torch.no_grad()
     def redispatch(self, request: RedispatchRequest) -> Dispatched[Tensor | Quantized]:
         """See `tokenferry.backends.cpu.dispatch`."""
         _check_no_sms("redispatch", request.num_sms)
-        self._exchange.catch_up()
-        return dispatch.redispatch(self._exchange, self._route, request)
+        with self._exchange.call("redispatch"):
+            return dispatch.redispatch(self._exchange, self._route, request)
 
     @torch.no_grad()
     def combine(self, request: CombineRequest) -> Combined:
         """See `tokenferry.backends.cpu.combine`."""
         _check_no_sms("combine", request.num_sms)
-        self._exchange.catch_up()
-        return combine.combine(self._exchange, self._route, request)
+        with self._exchange.call("combine"):
+            return combine.combine(self._exchange, self._route, request)
 
     @torch.no_grad()
     def decode_dispatch(self, request: DecodeDispatchRequest) -> DecodeDispatched[Tensor | Quantized]:
         """See `tokenferry.backends.cpu.decode`."""
-        self._exchange.catch_up()
-        return self._decoder.dispatch(request)
+        with self._exchange.call("decode_dispatch"):
+            return self._decoder.dispatch(request)
 
     @torch.no_grad()
     def decode_combine(self, request: DecodeCombineRequest) -> DecodeCombined:
         """See `tokenferry.backends.cpu.decode`."""
-        self._exchange.catch_up()
-        return self._decoder.combine(request)
+        with self._exchange.call("decode_combine"):
+            return self._decoder.combine(request)
 
 
 def _check_no_sms(call: str, num_sms: int | None) -> None:

@@ -134,7 +134,7 @@ class Decoder:
             if request.stats.received is not None:
                 request.stats.received.add_(result.expert_counts)
 
-        hook = self._finish(delivery, receive, return_hook=request.return_hook)
+        hook = self._finish("decode_dispatch", delivery, receive, return_hook=request.return_hook)
         return DecodeDispatched(result.x, result.expert_counts, result.plan, hook)
 
     @without_autocast
@@ -160,7 +160,7 @@ class Decoder:
         if out is None:
             out = exchange.allocator.empty(plan.num_tokens, request.y.shape[-1], dtype=request.y.dtype)
         receive = partial(homecoming.receive, out)
-        return DecodeCombined(out, self._finish(homecoming, receive, return_hook=request.return_hook))
+        return DecodeCombined(out, self._finish("decode_combine", homecoming, receive, return_hook=request.return_hook))
 
     def _direct_or_levels(self) -> Levels | None:
         return None if self._exchange.masked else self._levels
@@ -190,7 +190,7 @@ class Decoder:
         return DirectDispatch(self._exchange, signature, payload, tokens, hooked=request.return_hook)
 
     def _finish(
-        self, under_way: Delivery | Homecoming, receive: Callable[[Deadline], None], *, return_hook: bool
+        self, phase: str, under_way: Delivery | Homecoming, receive: Callable[[Deadline], None], *, return_hook: bool
     ) -> Callable[[], None]:
         """Run the second half of a call now, or return a hook that runs it once."""
         exchange, done = self._exchange, False
@@ -202,13 +202,14 @@ class Decoder:
             if done or under_way.aborted:
                 return
             deadline = Deadline(exchange.timeout_s)
-            exchange.catch_up(deadline)
-            try:
-                receive(deadline)
-            except CapacityError:  # the rows are gone
+            with exchange.guard(phase):
+                exchange.catch_up(deadline)
+                try:
+                    receive(deadline)
+                except CapacityError:  # the rows are gone
+                    done = True
+                    raise
                 done = True
-                raise
-            done = True
 
         if return_hook:
             return hook

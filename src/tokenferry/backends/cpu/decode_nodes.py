@@ -61,7 +61,7 @@ class NodeDispatch:
         options = MoveOptions(tolerant=True, hooked=request.return_hook, note=overflow)
         self._move = Move(levels, signature, payload, tokens, options, Deadline(exchange.timeout_s))
         self.number = self._move.number
-        exchange.postpone(self._pass_on)
+        exchange.postpone(signature.phase, self._pass_on)
 
     @property
     def aborted(self) -> bool:
@@ -133,9 +133,9 @@ class NodeCombine:
         self._rows = outgoing.payload
         here = Signature(signature.kind, {**signature.fields, **outgoing.payload.fields})
         hooked = request.return_hook
-        self._here = levels.start_here(here, None, outgoing, deadline, copy_own=hooked, hooked=hooked)
+        self._here = levels.start_here(here, None, outgoing, deadline, copy_own=hooked, tolerant=True, hooked=hooked)
         self._sums: tuple[Payload, Pending] | None = None
-        exchange.postpone(self._add_up)
+        exchange.postpone(signature.phase, self._add_up)
 
     @property
     def aborted(self) -> bool:

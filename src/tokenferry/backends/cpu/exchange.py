@@ -16,7 +16,7 @@ from torch import Tensor
 from tokenferry.backends.base import Encoding
 from tokenferry.backends.cpu.allocator import Allocator
 from tokenferry.backends.cpu.payload import Outgoing, ReceivedRows
-from tokenferry.errors import ArgumentError, ClosedError, MismatchError, PeerTimeout, ResourceError
+from tokenferry.errors import ArgumentError, ClosedError, MismatchError, PeerTimeout, ResourceError, TokenferryError
 from tokenferry.forked import forget_in_child
 from tokenferry.formats.dtypes import dtype_name
 from tokenferry.transports.base import HEADER_INTS, CallId, Deadline, Transport
@@ -141,7 +141,7 @@ class Exchange:
         self.allocator = Allocator()
         self._last_call = 0
         self._resync_due = False
-        self._postponed: Callable[[Deadline], None] | None = None
+        self._postponed: tuple[str, Callable[[Deadline], None]] | None = None
         self._forgotten: deque[CallId] = deque()
         forget_in_child(self, Exchange._forget)
 
@@ -182,18 +182,20 @@ class Exchange:
         """Leave to the next call to finish one that nobody will receive. From any thread, at any time."""
         self._forgotten.append(call)
 
-    def postpone(self, work: Callable[[Deadline], None]) -> None:
+    def postpone(self, phase: str, work: Callable[[Deadline], None]) -> None:
         """Leave to `catch_up` what a call has yet to do for its peers, once it may wait for them."""
-        self._postponed = work
+        self._postponed = phase, work
 
     def catch_up(self, deadline: Deadline | None = None) -> None:
         """Do what was postponed; every call and every hook begins with it.
 
         So at most one call has something to do, and all ranks make their exchanges in the same order.
         """
-        work, self._postponed = self._postponed, None
-        if work is not None:
-            work(deadline or Deadline(self.timeout_s))
+        if self._postponed is not None:
+            phase, work = self._postponed
+            with self.guard(phase):
+                self._postponed = None
+                work(deadline or Deadline(self.timeout_s))
 
     def mask(self, rank: int) -> None:
         """Expect no more messages of a rank."""
@@ -234,14 +236,40 @@ class Exchange:
         except ArgumentError:
             raise
         except BaseException as error:
-            where = f"{phase} #{self._last_call}"
-            refused = self.refused(where, error)
-            if refused is not None:
-                raise refused from error
-            raised = self._break(where, error)
-            if raised is not error:
-                raise raised from error
+            self._fail(phase, error)
             raise
+
+    @contextlib.contextmanager
+    def call(self, phase: str) -> Iterator[None]:
+        """Do what was postponed, then a call; from its first message on, break the group on any error but ours.
+
+        Else an interrupt between two exchanges of a call, or behind the last one, would leave this rank a call behind
+        its peers. Errors of ours have broken the group if they have to.
+        """
+        self.catch_up()
+        before = self._last_call
+        try:
+            yield
+        except TokenferryError:
+            raise
+        except BaseException as error:
+            if self._last_call != before:
+                self._fail(phase, error)
+            raise
+
+    def _fail(self, phase: str, error: BaseException) -> None:
+        """Break the group, unless an inner block has; raise the error that says most, if that is not ``error``."""
+        if self.broken:
+            return
+        where = f"{phase} #{self._last_call}"
+        if isinstance(error, GeneratorExit):  # an interrupt came while a `with` block was being entered or left
+            error = KeyboardInterrupt()
+        refused = self.refused(where, error)
+        if refused is not None:
+            raise refused from error
+        raised = self._break(where, error)
+        if raised is not error:
+            raise raised from error
 
     def refused(self, where: str, error: BaseException) -> ResourceError | None:
         """Break the group if ``error`` means that a resource was refused, and return the error to raise instead."""
@@ -297,6 +325,8 @@ class Exchange:
 
 class Pending:
     """An exchange whose messages were posted and not yet received."""
+
+    _received = True  # there is nothing to forget of one that was interrupted while it was made
 
     def __init__(
         self,

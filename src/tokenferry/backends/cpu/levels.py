@@ -75,12 +75,16 @@ class Levels:
         deadline: Deadline,
         *,
         copy_own: bool,
+        tolerant: bool = False,
         hooked: bool = False,
     ) -> Pending:
-        """Send rows to the ranks of this node: those that come from, or go to, one node, or None: all."""
+        """Send rows to the ranks of this node: those that come from, or go to, one node, or None: all.
+
+        A ``tolerant`` call leaves out those that were masked since it began.
+        """
         leg = "within a node" if node is None else f"within a node, rows of node {node}"
         signature = Signature(signature.kind, signature.fields, leg)
-        skip = self._not_here | self.exchange.masked  # since the call began
+        skip = self._not_here | self.exchange.masked if tolerant else self._not_here
         return self.exchange.start(signature, outgoing, skip=skip, copy_own=copy_own, hooked=hooked, deadline=deadline)
 
     def by_rank(self, ranks: Sequence[int], values: Sequence[_T], nothing: _T) -> list[_T]:
@@ -96,7 +100,7 @@ class MoveOptions:
     """How rows move over two levels.
 
     Attributes:
-        tolerant: See `Pending.receive`.
+        tolerant: Whether masked ranks are left out; see also `Pending.receive`.
         hooked: Whether the rows are received after the call has returned: their source may be overwritten before.
         note: See `Outgoing`.
     """
@@ -139,10 +143,12 @@ class Move:
         self._levels, self._signature, self._payload, self._options = levels, signature, payload, options
         crossing = [self._none if ranks == mine else distinct(tokens, ranks) for ranks in levels.nodes]
         outgoing = outgoing_of(payload, levels.by_rank(rail, crossing, self._none), options.note)
-        hooked = options.hooked
+        hooked, tolerant = options.hooked, options.tolerant
         self._across = levels.start_across(signature, outgoing, deadline, hooked=hooked)
         outgoing = outgoing_of(payload, levels.by_rank(mine, here, self._none), options.note)
-        own = levels.start_here(signature, levels.node, outgoing, deadline, copy_own=hooked, hooked=hooked)
+        own = levels.start_here(
+            signature, levels.node, outgoing, deadline, copy_own=hooked, tolerant=tolerant, hooked=hooked
+        )
         self._legs = {levels.node: own}
 
     @property
@@ -179,7 +185,13 @@ class Move:
                 )
                 # What has come from another node lies in a message, which ends before the rows are read.
                 self._legs[node] = levels.start_here(
-                    self._signature, node, outgoing, deadline, copy_own=True, hooked=options.hooked
+                    self._signature,
+                    node,
+                    outgoing,
+                    deadline,
+                    copy_own=True,
+                    tolerant=options.tolerant,
+                    hooked=options.hooked,
                 )
 
     @contextlib.contextmanager
