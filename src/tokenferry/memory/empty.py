@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_KNOWN_VERSIONS = ("2.11", "2.12", "2.13")
+_KNOWN_VERSIONS = ("2.11", "2.12", "2.13", "2.14", "2.15")
 _guards: Any = torch._C._dynamo.guards if ".".join(torch.__version__.split(".")[:2]) in _KNOWN_VERSIONS else None
 
 Empty = Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]
