@@ -156,6 +156,12 @@ class Counting(nn.Module):
         self.register_buffer("seen", torch.zeros(4))
 
 
+def tied(group):
+    experts = SwiGLUExperts(group, 24)
+    experts.up = experts.gate
+    return MoELayer(group, experts=experts)
+
+
 BAD_LAYERS = (
     (made(ffn_hidden=24), "experts: expected either ffn_hidden or a module of experts"),
     (made(experts=None), "experts: expected either ffn_hidden or a module of experts"),
@@ -164,6 +170,7 @@ BAD_LAYERS = (
         made(experts=nn.Linear(16, 5)),
         r"weight: expected the L=4 experts of this rank as the first dimension, got \[5, 16",
     ),
+    (tied, "experts: gate and up are one parameter; keep one of the names"),
     (made(experts=Counting()), r"expected no buffers in the state_dict, got \['seen'\]"),
     (lambda group: GELUExperts(group, 0), "GELUExperts: ffn_hidden: expected a positive integer, got 0"),
     (lambda group: SwiGLUExperts(group, 8, seed=-1), "SwiGLUExperts: seed: .* got -1"),

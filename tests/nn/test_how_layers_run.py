@@ -1,11 +1,13 @@
 """Layers under autocast with parameters of all dtypes, checkpointed, and in compiled models."""
 
+import contextlib
 import itertools
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import tokenferry
 from support.experts_jobs import stepped
@@ -168,3 +170,18 @@ def test_compiled_by_default(group):
     """With the backend that generates code."""
     model, x = Block(group, torch.bfloat16), rows(12).bfloat16()
     close(stepped(torch.compile(model, fullgraph=True), x), stepped(model, x), 2e-2)
+
+
+def checkpointed_and_traced(rank, pg):
+    """A repeated part under a mode of torch on rank 0 alone."""
+    with tokenferry.ExpertGroup(pg, SHAPE, backend="cpu") as group:
+        layer = MoELayer(group, WIDTH)
+        with FlopCounterMode(display=False) if rank == 0 else contextlib.nullcontext():
+            out = checkpoint(layer, rows(3).float(), use_reentrant=False)
+            with pytest.raises(tokenferry.MismatchError, match="made different calls"):
+                out.sum().backward()
+
+
+def test_repeated_parts_are_traced_on_all_ranks_or_on_none(worlds):
+    """As docs/training.md says: operators are repeated before the first call of backward, eager code after it."""
+    worlds(2).run(checkpointed_and_traced)

@@ -10,10 +10,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 
 import tokenferry
 from support.sharded import EXPERT_NAMES, local_parts
-from tokenferry.nn import GELUExperts, GroupLimit, LayerOptions, MoELayer, Router, RouterOptions
+from tokenferry.nn import GELUExperts, GroupLimit, LayerOptions, MoELayer, Router, RouterOptions, parallelize
 from tokenferry.testing.dense import DenseMoE
 from tokenferry.types import MoeShape, Routing
 
@@ -288,6 +289,63 @@ def load_what_rank_0_saved(rank: int, pg: Any, path: str) -> None:
 
 def test_experts_of_another_rank_are_refused(worlds, tmp_path):
     worlds(2).run(load_what_rank_0_saved, str(tmp_path / "state"))
+
+
+class Within(nn.Module):
+    """Experts in a module of their own."""
+
+    def __init__(self, group: tokenferry.ExpertGroup) -> None:
+        super().__init__()
+        self.inner = GELUExperts(group, 8)
+
+    def forward(self, rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        return self.inner(rows, offsets)
+
+
+def load_parts_that_rank_0_saved(rank: int, pg: Any, path: str) -> None:
+    """Into each module of the experts, and over a mesh that differs by its name."""
+    group = tokenferry.ExpertGroup(pg, MoeShape(4, 2, 16, 64), backend="cpu")
+    for named in (False, True):
+        saved, layer = (MoELayer(group, experts=Within(group)) for _ in range(2))
+        if named:
+            parallelize(saved, init_device_mesh("cpu", (2,), mesh_dim_names=("experts",)))
+        for name, part in (("", layer), ("experts.", layer.experts), ("experts.inner.", layer.experts.inner)):
+            if rank == 0:
+                torch.save(saved.get_submodule(name.strip(".")).state_dict(), path)
+            dist.barrier(pg)
+            state, kept = torch.load(path, weights_only=False), layer.experts.inner.up.to_local().clone()
+            if rank:
+                missing = "experts.inner.".removeprefix(name)
+                with pytest.raises(tokenferry.ConfigError, match=rf": {missing}up holds the experts of the rank at .0"):
+                    part.load_state_dict(state, assign=named)
+                assert torch.equal(layer.experts.inner.up.to_local(), kept)
+            else:
+                part.load_state_dict(state, assign=named)
+            dist.barrier(pg)
+        layer.load_state_dict(saved.state_dict(), assign=named)  # of this rank
+        assert torch.equal(layer.experts.inner.up.to_local(), saved.experts.inner.up.to_local())
+        layer(torch.randn(3, 16))
+
+
+def test_experts_of_another_rank_are_refused_by_each_part_and_over_each_mesh(worlds, tmp_path):
+    worlds(2).run(load_parts_that_rank_0_saved, str(tmp_path / "state"))
+
+
+def add_late(rank: int, pg: Any) -> None:
+    """A parameter of the experts that came after the layer, and what helps."""
+    group = tokenferry.ExpertGroup(pg, MoeShape(4, 2, 16, 64), backend="cpu")
+    layer, x = MoELayer(group, 8), torch.randn(3, 16)
+    layer.experts.scale = nn.Parameter(torch.ones(group.num_local_experts))
+    for run in (layer, torch.compile(layer, backend="eager")):
+        with pytest.raises(tokenferry.ConfigError, match=r"experts: scale is no DTensor .* parallelize\(model, mesh\)"):
+            run(x)
+    parallelize(layer, init_device_mesh("cpu", (2,)))
+    layer(x)
+    assert layer.experts.scale.shape == (4,)
+
+
+def test_parameters_that_come_late_are_named(worlds):
+    worlds(2).run(add_late)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from support.training_jobs import LIMIT, OTHERS, SHAPE, Model, Recipe, train, tr
 from tokenferry.nn import GradScaler
 from tokenferry.testing.world import WorldError
 
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 MISLED = ("Adafactor", "Rprop")
 """Optimizers of torch that take one rank's part of a DTensor for all of it, or refuse it."""
 RECIPES = [
@@ -45,7 +46,10 @@ def test_adafactor_is_misled(worlds):
 
 @pytest.mark.parametrize("recipe", [Recipe("ddp", optimizer="Rprop"), *(Recipe("fsdp", optimizer=k) for k in MISLED)])
 def test_optimizers_that_torch_refuses(worlds, recipe):
-    with pytest.raises(WorldError, match="in-place operations that require placement changes are not supported"):
+    if recipe.optimizer == "Rprop" and TORCH >= (2, 15):
+        same_training(worlds(4).run(train, recipe), train_alone(recipe), 1e-12)
+        return
+    with pytest.raises(WorldError, match=r"placement changes are not supported|sharding strategy registered"):
         worlds(4).run(train, recipe)
 
 
@@ -85,6 +89,7 @@ def test_mixed_precision_of_sharded_models(worlds):
             close(name, got[name], value, 0.1)
 
 
+@pytest.mark.skipif(TORCH < (2, 12), reason="FSDP2 of torch 2.11 sees no tensors in a Routing")
 def test_routers_of_narrow_models_are_sharded_apart(worlds):
     """FSDP2 wants one dtype for all parameters that it shards together, and routers are float32."""
     assert worlds(2).run(jobs.narrow_parameters, True) == ["", ""]
@@ -179,6 +184,18 @@ def test_biases_count_the_loads_of_all_ranks(worlds, expert_ranks):
     assert want.unique().numel() > 1
     for got in worlds(4).run(jobs.balanced, recipe, 4):
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("tool", ["hand", "ddp", "fsdp"])
+def test_biases_of_copies_are_equal_or_nothing_is_known_of_them(worlds, tool):
+    want = jobs.balanced(0, None, Recipe(tool), 2)
+    for untold, alone, shared in (results := worlds(2).run(jobs.biases_of_copies, tool)):
+        assert "2 ranks may share its router, and the loads of 1 would be added up; tell parallelize" in untold
+        assert torch.equal(shared, want)
+        if tool != "hand":
+            assert "2 ranks may share its router, and the loads of 1 would" in alone, "the tool has copied the router"
+    if tool == "hand":
+        assert not torch.equal(results[0][1], results[1][1]), "each has a model of its own"
 
 
 def test_what_parallelize_keeps(worlds):

@@ -1,6 +1,7 @@
 """Routings of slots, loads of experts, and experts that move: nothing but the ranks that work is different."""
 
 import copy
+import gc
 import math
 import re
 from types import SimpleNamespace
@@ -356,6 +357,91 @@ def test_only_placed_layers_are_balanced():
     message = "expected a router that is a PlacedRouter, got Identity"
     with group_of_one(4) as group, pytest.raises(tokenferry.ConfigError, match=message):
         rebalance(MoELayer(group, 12, router=nn.Identity()), Placement.of(torch.arange(4), 1))
+
+
+def placed(group, seed=0, **parts):
+    """A layer with 4 experts in 4 slots, by number; ``parts`` are those of another layer."""
+    router = parts.pop("router", None) or PlacedRouter(Router(16, 4, 2, seed=seed), NUMBERED, group)
+    return MoELayer(group, router=router, seed=seed, **(parts or {"ffn_hidden": 12}))
+
+
+NUMBERED, REVERSED = (Placement.of(torch.tensor(slots), 1) for slots in ([0, 1, 2, 3], [3, 2, 1, 0]))
+
+
+@pytest.mark.parametrize(("shared", "own"), [("experts", "a router"), ("router", "experts")])
+@pytest.mark.parametrize("copies", [False, True])
+def test_experts_that_another_layer_needs_where_they_are_stay(shared, own, copies):
+    with group_of_one(4) as group, torch.no_grad():
+        one = placed(group, seed=1)
+        layers = nn.ModuleList([one, placed(group, seed=2, **{shared: getattr(one, shared)})])
+        if copies:
+            layers, one = copy.deepcopy(layers), None
+        x = torch.randn(5, 16)
+        want = [layer(x) for layer in layers]
+        for layer in layers:
+            with pytest.raises(
+                tokenferry.ConfigError, match=f"another MoELayer shares its {shared}, .* it has {own} of"
+            ):
+                rebalance(layer, REVERSED)
+        for layer, out in zip(layers, want, strict=True):
+            assert torch.equal(layer(x), out)
+        kept = layers[0]
+        del layers, layer
+        gc.collect()  # the errors had traces
+        rebalance(kept, REVERSED)
+        torch.testing.assert_close(kept(x), want[0])
+
+
+def test_layers_that_share_experts_and_router_move_together():
+    with group_of_one(4) as group, torch.no_grad():
+        one = placed(group)
+        other, x = placed(group, experts=one.experts, router=one.router), torch.randn(5, 16)
+        want, copied = one(x), copy.deepcopy(one)
+        rebalance(one, REVERSED)
+        assert torch.equal(one.experts.up, copied.experts.up.flip(0))
+        rebalance(copied, REVERSED)
+        for layer in (one, other, copied):
+            torch.testing.assert_close(layer(x), want)
+
+
+STATES_THAT_STAY = (
+    ({"factors": [torch.ones(4)]}, "its state 'factors' is a list for a parameter"),
+    ({"factors": {"row": torch.ones(4)}}, "its state 'factors' is a dict for a parameter"),
+    ({"row": torch.ones(3)}, r"its state 'row' is \[3\] for a parameter"),
+)
+
+
+@pytest.mark.parametrize(("state", "message"), STATES_THAT_STAY)
+def test_states_that_cannot_be_moved_are_refused(state, message):
+    with group_of_one(4) as group:
+        layer = placed(group)
+        optimizer = torch.optim.SGD(layer.parameters())
+        optimizer.state[layer.experts.up].update(step=1, rate=0.5, kind="x", unused=None, count=torch.tensor(2.0))
+        rebalance(layer, REVERSED, optimizer=optimizer)
+        optimizer.state[layer.experts.up].update(state)
+        before = layer.experts.up.clone()
+        with pytest.raises(tokenferry.ConfigError, match=message):
+            rebalance(layer, NUMBERED, optimizer=optimizer)
+        assert torch.equal(layer.experts.up, before)
+        assert layer.router.placement is REVERSED
+
+
+def test_an_optimizer_has_all_experts_that_are_trained():
+    with group_of_one(4) as group:
+        layer = placed(group)
+        some = torch.optim.SGD([layer.experts.gate, layer.experts.up])
+        for optimizer, lacks in ((some, "down"), (torch.optim.SGD(layer.router.parameters()), "gate")):
+            with pytest.raises(tokenferry.ConfigError, match=f"it does not have the parameter {lacks} of the experts"):
+                rebalance(layer, REVERSED, optimizer=optimizer)
+        layer.experts.down.requires_grad_(False)
+        rebalance(layer, REVERSED, optimizer=some)
+
+
+def test_replicas_are_brought_together_as_the_documents_say(worlds):
+    for parameters in worlds(2).run(jobs.brought_together):
+        for before, after in parameters:
+            assert not torch.equal(before[0], before[3])
+            assert torch.equal(after, before[[0, 1, 2, 0, 4, 1]])
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.int64, torch.bool])

@@ -54,6 +54,12 @@ def advance(
     return losses
 
 
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe) -> dict[str, Any]:
+    """Return the states of both; an optimizer without one makes it by a step."""
+    with recipe.together():
+        return dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+
+
 def save(rank: int, pg: dist.ProcessGroup, recipe: Recipe, folder: Path) -> tuple[list[float], dict[str, Tensor]]:
     """Save after two steps; return the losses of the next two, and what was saved as one process would have it."""
     with recipe.open_group(pg) as group:
@@ -61,7 +67,7 @@ def save(rank: int, pg: dist.ProcessGroup, recipe: Recipe, folder: Path) -> tupl
         optimizer = make_optimizer(model, recipe)
         advance(model, optimizer, recipe, pg, range(2))
         bare = getattr(model, "module", model)
-        states = dict(zip(("model", "optimizer"), get_state_dict(bare, optimizer), strict=True))
+        states = state_of(bare, optimizer, recipe)
         dcp.save(states, checkpoint_id=folder)
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         full = get_model_state_dict(bare, options=options)
@@ -79,7 +85,7 @@ def resume(rank: int, pg: dist.ProcessGroup | None, recipe: Recipe, folder: Path
         model = model if pg is None else prepared(model, recipe, pg)
         optimizer = make_optimizer(model, recipe)
         bare = getattr(model, "module", model)
-        states = dict(zip(("model", "optimizer"), get_state_dict(bare, optimizer), strict=True))
+        states = state_of(bare, optimizer, recipe)
         dcp.load(states, checkpoint_id=folder)
         set_state_dict(bare, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
         return advance(model, optimizer, recipe, pg, range(2, 4))

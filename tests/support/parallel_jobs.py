@@ -211,6 +211,30 @@ def balanced(rank: int, pg: dist.ProcessGroup | None, recipe: Recipe, num_ranks:
         return router.bias
 
 
+def biases_of_copies(rank: int, pg: dist.ProcessGroup, tool: str) -> list[Tensor | str]:
+    """Return the biases where each rank has all experts, or what `update_biases` says.
+
+    For what `parallelize` was told of copies: nothing, that there are none, and that all ranks have them.
+    """
+    recipe, found = Recipe(tool, expert_ranks=1), []
+    mesh = recipe.mesh(pg)
+    for replicate in (None, False, mesh["replicate"]):
+        with recipe.open_group(pg) as group:
+            layer = MoELayer(group, 12, router=Router(HIDDEN, SHAPE.num_experts, 2, group_limit=GroupLimit(1, 1)))
+            if replicate is not None:
+                parallelize(layer, replicate=replicate)
+            model = DistributedDataParallel(layer) if tool == "ddp" else layer
+            if tool == "fsdp":
+                fully_shard(model, mesh=mesh["replicate"])
+            model(batch(rank, torch.float32, 5 + rank)).sum().backward()
+            try:
+                update_biases(model)
+                found.append(layer.router.bias.clone())
+            except tokenferry.ConfigError as error:
+                found.append(str(error))
+    return found
+
+
 def averaged_fsdp(rank: int, pg: dist.ProcessGroup) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return two models' parameters, and those of the second after it was moved half way to the first."""
     recipe = Recipe("fsdp")

@@ -8,6 +8,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
@@ -217,6 +218,20 @@ def prepared(model: nn.Sequential, tool: str, pg: dist.ProcessGroup) -> nn.Modul
         parallelize(model)
         return DistributedDataParallel(model)
     return model
+
+
+def brought_together(rank: int, pg: dist.ProcessGroup) -> list[tuple[Tensor, Tensor]]:
+    """Give replicas that differ the values of the first one, as docs/balance.md says; return both, of all slots."""
+    found, placement = [], Placement.of(torch.tensor([0, 1, 2, 0, 3, 1]), 2)
+    with tokenferry.ExpertGroup(pg, shape(placement)) as group, torch.no_grad():
+        layer = MoELayer(group, FFN, router=PlacedRouter(Router(HIDDEN, 4, TOP_K), placement, group))
+        first = placement.logical_to_physical[placement.physical_to_logical, 0]
+        for p in layer.expert_parameters():
+            p.to_local().add_(torch.arange(3)[:, None, None] + 3 * rank)
+            before = whole(p)
+            p.copy_(distribute_tensor(p.full_tensor()[first], p.device_mesh, p.placements))
+            found.append((before, whole(p)))
+    return found
 
 
 def saved(rank: int, pg: dist.ProcessGroup, folder: str, placement: Placement) -> None:

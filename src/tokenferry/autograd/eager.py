@@ -1,7 +1,9 @@
 """Dispatch, redispatch and combine with gradients, where nothing traces: functions of autograd over plain calls.
 
 The operators of `tokenferry.autograd.ops` do the same where a compiler can see them, and take the host several times as
-long. Both make the same calls in the same order, forward and backward, so ranks may differ in which of them they use.
+long. Both make the same calls in the same order, forward and backward, so ranks may differ in which of them they use:
+but not inside of ``checkpoint(use_reentrant=False)``, where only operators let forward be repeated before their first
+call of backward.
 """
 
 from __future__ import annotations

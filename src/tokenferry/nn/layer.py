@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,13 @@ from tokenferry.errors import ConfigError, ShapeError
 from tokenferry.nn.balance.placement import Placement
 from tokenferry.nn.balance.replicas import share_gradients
 from tokenferry.nn.balance.routing import PlacedRouter
+from tokenferry.nn.balance.sharers import remember
 from tokenferry.nn.experts import SeededExperts, SwiGLUExperts
 from tokenferry.nn.options import LayerOptions
 from tokenferry.nn.precision import NARROW, autocast_dtype
 from tokenferry.nn.recomputing import recomputing
 from tokenferry.nn.router import GroupLimit, Router
-from tokenferry.nn.sharding import SameExperts, averaged_gradient, expert_mesh, shard_parameters
+from tokenferry.nn.sharding import SameExperts, averaged_gradient, expert_mesh, shard_parameters, trained_part
 from tokenferry.topology import most_nodes
 from tokenferry.types import Routing
 
@@ -81,12 +82,13 @@ class MoELayer(nn.Module):
             before the first.
         same_experts: Which ranks hold the same experts as this one, if `parallelize` was told: backward averages over
             them.
+        told: Whether `parallelize` was told, be it that there are none.
 
     Raises:
         ConfigError: ``ffn_hidden`` or ``seed`` is out of range; not exactly one of ``ffn_hidden`` and ``experts`` is
             given, or ``dtype`` with ``experts``; they are in torch's checkpoint_wrapper; a parameter of the experts has
-            another first dimension, is on another device than the group, or has hooks; or a `Router` has other sizes
-            than the group, or may choose experts on more nodes than its ``max_nodes``.
+            another first dimension, is on another device than the group, has two names, or has hooks; or a `Router` has
+            other sizes than the group, or may choose experts on more nodes than its ``max_nodes``.
 
     Example:
         >>> import torch, tokenferry
@@ -132,7 +134,7 @@ class MoELayer(nn.Module):
         self.shared = self.options.shared
         self._sharded = False
         self.same_experts: SameExperts | None = None
-        self.register_load_state_dict_pre_hook(_refuse_other_experts)  # type: ignore[no-untyped-call]
+        self.told = False
         mesh = expert_mesh(group)
         if mesh is not None:
             self.place_experts(mesh)
@@ -140,6 +142,12 @@ class MoELayer(nn.Module):
         self._load: Tensor | None = None
         self._load_by: Placement | None = None
         self._earlier: list[tuple[list[int], Tensor]] = []
+        remember(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Become a copy, which may share experts as well."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        remember(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Send each token of ``x`` ``[..., H]``, at most M tokens, through its experts; return ``[..., H]``.
@@ -278,6 +286,8 @@ class MoELayer(nn.Module):
         For `parallelize`, which checks the ranks; ``known``: as `shard_parameters` takes it.
         """
         shard_parameters(self.experts, mesh, known)
+        for part in self.experts.modules():  # of which each can be loaded by itself
+            part.register_load_state_dict_pre_hook(_refuse_other_experts)  # type: ignore[no-untyped-call]
         self._sharded = True
 
     def _local_experts(self) -> dict[str, Tensor]:
@@ -285,8 +295,16 @@ class MoELayer(nn.Module):
         if "_checkpoint_wrapped_module" in self.experts._modules:
             raise ConfigError(_CHECKPOINTED)
         weights: dict[str, Any] = dict(self.experts.named_parameters())
-        # Not `hasattr(weight, "to_local")`: torch.compile finds no such attribute of a parameter.
-        return {name: weight.to_local() for name, weight in weights.items()} if self._sharded else weights
+        if not self._sharded:
+            return weights
+        if not torch.compiler.is_compiling():  # which finds no attribute `to_local` of a parameter
+            for name, weight in weights.items():
+                if not hasattr(weight, "to_local"):
+                    raise ConfigError(
+                        f"MoELayer: experts: {name} is no DTensor as the others are, since it came after the layer was "
+                        "made; register it before that, or call parallelize(model, mesh) afterwards"
+                    )
+        return {name: trained_part(weight) for name, weight in weights.items()}
 
     def expert_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of which each rank of the group holds its own part: do not reduce their gradients.
@@ -301,18 +319,16 @@ class MoELayer(nn.Module):
         return [parameter for parameter in self.parameters() if id(parameter) not in mine]
 
 
-def _refuse_other_experts(layer: MoELayer, state: dict[str, Any], prefix: str, *_: object) -> None:
+def _refuse_other_experts(experts: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
     """Raise ConfigError for experts that are not those of this rank.
 
     Of plain tensors a sharded layer cannot take its part. And `torch.save` on one rank saves the part of that rank,
     which `torch.load` on another returns as a DTensor of the same mesh, at the place of the first.
     """
-    if not layer._sharded:
-        return
-    weights: Iterable[tuple[str, Any]] = layer.experts.named_parameters()
+    weights: Iterable[tuple[str, Any]] = experts.named_parameters()
     for name, weight in weights:
-        given, what = state.get(f"{prefix}experts.{name}"), f"MoELayer: load_state_dict: {prefix}experts.{name}"
-        if not isinstance(given, Tensor):
+        given, what = state.get(f"{prefix}{name}"), f"MoELayer: load_state_dict: {prefix}{name}"
+        if not isinstance(given, Tensor) or not hasattr(weight, "to_local"):
             continue
         if not hasattr(given, "to_local"):
             raise ConfigError(
@@ -320,13 +336,19 @@ def _refuse_other_experts(layer: MoELayer, state: dict[str, Any], prefix: str, *
                 "use torch.distributed.checkpoint.state_dict.set_model_state_dict with "
                 "StateDictOptions(full_state_dict=True)"
             )
-        theirs, own = cast(Any, given).device_mesh, weight.device_mesh
-        there, here = theirs.get_coordinate(), own.get_coordinate()
-        if theirs == own and tuple(there or ()) != tuple(here or ()):
+        (there, theirs), (here, ours) = _place(given), _place(weight)
+        if (there, theirs) != (here, ours):
             raise ConfigError(
-                f"{what} holds the experts of the rank at {there} of the mesh, and this one is at {here}: torch.save "
-                "keeps what one rank has; save and load with torch.distributed.checkpoint, which keeps all experts"
+                f"{what} holds the experts of the rank at {there} of the ranks {theirs}, and this one is at {here} of "
+                f"{ours}: torch.save keeps what one rank has; save and load with torch.distributed.checkpoint, which "
+                "keeps all experts"
             )
+
+
+def _place(weight: Any) -> tuple[list[int], list[int]]:  # noqa: ANN401 - a DTensor
+    """Return where in a mesh this part of a tensor belongs, and the ranks of the mesh, whose name does not matter."""
+    mesh = weight.device_mesh
+    return list(mesh.get_coordinate() or ()), mesh.mesh.flatten().tolist()
 
 
 def _routing(found: object) -> Routing:
@@ -352,9 +374,14 @@ def _experts(
         raise ConfigError(f"MoELayer: dtype={dtype} is that of experts that the layer makes; cast yours with .to()")
     if "_checkpoint_wrapped_module" in experts._modules:
         raise ConfigError(_CHECKPOINTED)
-    saved = set(experts.state_dict())
-    for name, parameter in experts.named_parameters():
+    saved, names = set(experts.state_dict()), dict[nn.Parameter, str]()
+    for name, parameter in experts.named_parameters(remove_duplicate=False):
         saved.discard(name)
+        if names.setdefault(parameter, name) != name:
+            raise ConfigError(
+                f"MoELayer: experts: {names[parameter]} and {name} are one parameter; keep one of the names, and use "
+                "it twice in forward"
+            )
         count = group.shape.num_experts if hasattr(parameter, "to_local") else group.num_local_experts
         if parameter.ndim == 0 or parameter.shape[0] != count:
             raise ConfigError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from tokenferry.errors import ConfigError
 from tokenferry.nn.layer import MoELayer
@@ -71,16 +72,20 @@ def update_biases(model: nn.Module, *, rate: float = 0.001) -> None:
         rate: Step size: gamma of the paper, which uses 0.001.
 
     Raises:
-        ConfigError: there is no such layer.
+        ConfigError: there is no such layer; or its router may be that of more ranks than those whose loads are added
+            up: its group is smaller than the default process group, and `parallelize` was not told which ranks hold the
+            same experts, or was told fewer than those of DistributedDataParallel or FSDP2.
     """
-    layers = [module for module in model.modules() if isinstance(module, MoELayer) and module.has_bias]
+    found = model.named_modules()
+    layers = {name: module for name, module in found if isinstance(module, MoELayer) and module.has_bias}
     if not layers:
         raise ConfigError(
             "update_biases: model: expected a MoELayer whose router has a bias, found none; make it with "
             "Router(..., group_limit=GroupLimit(1, 1))"
         )
     by_group: dict[tuple[dist.ProcessGroup, ...], list[MoELayer]] = {}
-    for layer in layers:
+    for name, layer in layers.items():
+        _check_counted(model, name, layer)
         by_group.setdefault(_groups(layer), []).append(layer)
     for groups, members in by_group.items():
         flat = torch.cat([_load(layer) for layer in members])
@@ -90,6 +95,24 @@ def update_biases(model: nn.Module, *, rate: float = 0.001) -> None:
         for layer, load in zip(members, loads, strict=True):
             assert isinstance(layer.choice, Router)
             layer.choice.update_bias(load, rate=rate)
+
+
+def _check_counted(model: nn.Module, name: str, layer: MoELayer) -> None:
+    """Raise ConfigError if more ranks may share the router of a layer than those whose loads are added up."""
+    assert isinstance(layer.choice, Router)
+    counted = layer.group.num_ranks * (1 if layer.same_experts is None else layer.same_experts.num)
+    mesh = getattr(layer.choice.weight, "device_mesh", None)  # of FSDP2
+    sharers = 1 if mesh is None else mesh.size()
+    if isinstance(model, DistributedDataParallel):
+        sharers = model.process_group.size()
+    if not layer.told and dist.is_initialized():
+        sharers = dist.get_world_size()
+    if counted < sharers:
+        raise ConfigError(
+            f"update_biases: {name or 'model'!r}: {sharers} ranks may share its router, and the loads of {counted} "
+            "would be added up; tell parallelize(model, replicate=) which ranks hold the same experts as this one, or "
+            "replicate=False if all others have models of their own"
+        )
 
 
 def _groups(layer: MoELayer) -> tuple[dist.ProcessGroup, ...]:

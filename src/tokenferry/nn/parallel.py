@@ -51,8 +51,9 @@ def parallelize(
             only; `clip_grad_norm_` of this module takes any. None: the layers keep their own, which is enough for
             DistributedDataParallel.
         replicate: The ranks that hold the same experts as this one, itself included, if the groups of the layers are
-            smaller than the default process group; False: there are none, as where the others are other stages of a
-            pipeline. Layers must not have a `PlacedRouter` then, whose placements differ between groups.
+            smaller than the default process group, also if each rank has all experts; False: there are none, as where
+            the others are other stages of a pipeline. Layers must not have a `PlacedRouter` then, whose placements
+            differ between groups.
 
     Returns:
         set[nn.Parameter]: ``expert_parameters`` of all layers whose groups have several ranks. Experts that are all on
@@ -81,7 +82,7 @@ def parallelize(
         for layer in spread.values():
             layer.place_experts(mesh, known)
     for layer in layers.values():
-        layer.same_experts = same_experts
+        layer.same_experts, layer.told = same_experts, replicate is not None
     experts = {parameter for layer in spread.values() for parameter in layer.expert_parameters()}
     if same_experts is not None:
         for layer in spread.values():

@@ -10,11 +10,13 @@ from torch import Tensor
 
 NARROW = (torch.bfloat16, torch.float16)
 """Dtypes narrower than float32 in which models compute."""
+_NEVER = "meta"
+"""The device without autocast. Torch can be asked, but `torch.compile` of torch 2.11 ends a graph where it is."""
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """Return the dtype in which torch.autocast computes products; None if it is off."""
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    if device_type == _NEVER or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
 
@@ -55,6 +57,6 @@ class _Product(torch.autograd.Function):
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Return a context in which products have the dtype of their operands."""
-    if not torch.amp.is_autocast_available(device_type):
+    if device_type == _NEVER:
         return nullcontext()
     return torch.autocast(device_type, enabled=False)

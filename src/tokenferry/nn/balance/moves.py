@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Number
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,7 @@ from tokenferry.errors import ArgumentError, ConfigError, ShapeError, Tokenferry
 from tokenferry.nn.balance.carrier import carried_on
 from tokenferry.nn.balance.placement import Placement
 from tokenferry.nn.balance.routing import PlacedRouter
+from tokenferry.nn.balance.sharers import check_sharers
 from tokenferry.nn.sharding import local_part
 from tokenferry.topology import node_of_ranks
 
@@ -54,11 +56,13 @@ def rebalance(layer: MoELayer, placement: Placement, *, optimizer: torch.optim.O
     Args:
         layer: Its router is a `PlacedRouter`, which says where the experts are now.
         placement: Where they shall be: of one layer, with as many slots and experts.
-        optimizer: Its state of these experts is moved along; None: there is none, or it does not matter any more.
+        optimizer: Its state of these experts is moved along; None: there is none, or it does not matter any more. One
+            that has all parameters of the experts that are trained; move the states of several with `move_experts`.
 
     Raises:
-        ConfigError: the router is not a `PlacedRouter`, the placement does not fit, or the optimizer keeps a state that
-            does not belong to single experts.
+        ConfigError: the router is not a `PlacedRouter`, another layer shares it or the experts but not both, the
+            placement does not fit, or the optimizer lacks parameters of the experts, or keeps a state that does not
+            belong to single experts.
         ArgumentError: ranks passed different placements, parameters or states. Nothing was moved.
     """
     router = layer.router
@@ -70,12 +74,13 @@ def rebalance(layer: MoELayer, placement: Placement, *, optimizer: torch.optim.O
     old = router.placement
     tensors, error = [], None
     try:
-        for parameter in layer.expert_parameters():
+        check_sharers(layer)
+        for name, parameter in layer.experts.named_parameters():
             tensors.append(parameter.detach())
             if parameter.grad is not None:
                 tensors.append(parameter.grad)
             if optimizer is not None:
-                tensors += _state_of(parameter, optimizer)
+                tensors += _state_of(name, parameter, optimizer)
     except TokenferryError as found:
         error = found
     _move(layer.group, tensors, old, placement, error)
@@ -120,15 +125,21 @@ def _move(
         _move_part(group, part, moves)
 
 
-def _state_of(parameter: Tensor, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+def _state_of(name: str, parameter: Tensor, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
     """Yield the state of a parameter that has a row for each expert."""
-    for name, value in optimizer.state.get(parameter, {}).items():
-        if not isinstance(value, Tensor) or value.ndim == 0:
+    if parameter.requires_grad and all(parameter is not p for group in optimizer.param_groups for p in group["params"]):
+        raise ConfigError(
+            f"rebalance: optimizer: it does not have the parameter {name} of the experts; pass the one that has all of "
+            "them, or None, and move the states of several with move_experts"
+        )
+    for key, value in optimizer.state.get(parameter, {}).items():
+        if value is None or isinstance(value, Number | str) or (isinstance(value, Tensor) and value.ndim == 0):
             continue  # such as the number of steps, which all experts share
-        if value.shape[0] != parameter.shape[0]:
+        if not isinstance(value, Tensor) or value.shape[0] != parameter.shape[0]:
+            what = list(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise ConfigError(
-                f"rebalance: optimizer: its state {name!r} is {list(value.shape)} for a parameter "
-                f"{list(parameter.shape)}, and cannot be moved by expert"
+                f"rebalance: optimizer: its state {key!r} is {what} for a parameter {list(parameter.shape)}, and "
+                "cannot be moved by expert"
             )
         yield value
 

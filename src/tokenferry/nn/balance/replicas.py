@@ -22,7 +22,7 @@ class _Sharing:
         leaving: What this rank sends: a slot once to each other rank that has a replica.
         arriving: What it receives.
         terms: For slots of this rank whose expert has replicas: the places of all of them, by slot, in the slots of
-            this rank with what arrives behind them. So all ranks add in the same order, and replicas stay equal.
+            this rank with what arrives behind them. So all ranks add in the same order, and replicas get the same bits.
     """
 
     leaving: list[Move]

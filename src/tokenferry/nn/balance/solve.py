@@ -30,11 +30,12 @@ def balance(
     into ranks, the heaviest first, each into the least loaded rank with a free slot; then slots of the most loaded
     rank are swapped with others as long as that helps. By node: groups of neighbouring experts are first packed into
     the nodes, equally many into each; then each node does the same with the experts that it has. So a router that
-    limits the groups of a token, such as `GroupLimit`, limits its nodes too.
+    limits the groups of a token, such as `GroupLimit`, limits its nodes too. Groups in the order of their numbers are
+    tried as well, if that gives each node whole ones.
 
-    The most loaded rank never has more load than without replicas (P = E), nor than with expert e in slot e. Not
-    optimal: the problem contains that of dividing numbers into equal sums. Two replicas of an expert share a rank only
-    if nothing better was found.
+    The most loaded rank never has more load than without replicas (P = E), nor than with expert e in slot e, where the
+    nodes and groups allow that. Not optimal: the problem contains that of dividing numbers into equal sums. Two
+    replicas of an expert share a rank only if nothing better was found.
 
     Contract: local, on the CPU; reads ``loads`` from its device. The same loads give the same placement.
 
@@ -124,12 +125,33 @@ def _placed(loads: list[float], num_groups: int, places: list[list[int]], width:
     """Return the experts in the slots of each rank of one layer."""
     size = len(loads) // num_groups
     sums = [sum(loads[first : first + size]) for first in range(0, len(loads), size)]
+    by_load = best_packing(sums, len(places), num_groups // len(places))
+    found = [_packed_by_node(loads, by_load, places, width)]
+    by_number = _groups_by_number(len(loads), num_groups, places)
+    if by_number is not None and by_number != by_load:
+        found.append(_packed_by_node(loads, by_number, places, width))
+    return min(found, key=lambda packing: highest(packing, loads))
+
+
+def _packed_by_node(loads: list[float], by_node: Packing, places: list[list[int]], width: int) -> Packing:
+    """Return the experts in the slots of each rank, if each node has these groups."""
+    size = len(loads) // sum(map(len, by_node))
     found: dict[int, list[int]] = {}
-    for ranks, groups in zip(places, best_packing(sums, len(places), num_groups // len(places)), strict=True):
+    for ranks, groups in zip(places, by_node, strict=True):
         experts = [expert for group in groups for expert in range(group * size, (group + 1) * size)]
         packing = best_packing([loads[expert] for expert in experts], len(ranks), width)
         found |= {rank: [experts[i] for i in slots] for rank, slots in zip(ranks, packing, strict=True)}
     return [found[rank] for rank in range(len(found))]
+
+
+def _groups_by_number(num_experts: int, num_groups: int, places: list[list[int]]) -> Packing | None:
+    """Return the groups of each node with expert e in slot e; None if these are no whole ones."""
+    size, num_ranks = num_experts // num_groups, sum(map(len, places))
+    if num_experts % num_ranks:
+        return None
+    few = num_experts // num_ranks
+    found = [sorted({e // size for rank in ranks for e in range(rank * few, (rank + 1) * few)}) for ranks in places]
+    return found if sum(map(len, found)) == num_groups else None
 
 
 def _kept(loads: list[float], old: Packing, places: list[list[int]], num_groups: int, enough: float) -> Packing | None:

@@ -1,0 +1,35 @@
+"""Layers that share experts or a router, whose experts can only be moved together."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING
+
+from tokenferry.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tokenferry.nn.layer import MoELayer
+
+_layers: weakref.WeakSet[MoELayer] = weakref.WeakSet()
+
+
+def remember(layer: MoELayer) -> None:
+    """Make a layer known to `check_sharers`, for as long as it lives."""
+    _layers.add(layer)
+
+
+def check_sharers(layer: MoELayer) -> None:
+    """Raise ConfigError if another layer would be spoiled by moving the experts of this one. Local.
+
+    It has some of its experts and another router, or its router and other experts. One that has both goes along.
+    """
+    mine = set(layer.expert_parameters())
+    for other in list(_layers):
+        theirs = set(other.expert_parameters())
+        wanted = mine | theirs if other.router is layer.router else set()
+        if other is not layer and mine & theirs != wanted:
+            shared, own = ("router", "experts") if other.router is layer.router else ("experts", "a router")
+            raise ConfigError(
+                f"rebalance: layer: another MoELayer shares its {shared}, and would be wrong afterwards, since it has "
+                f"{own} of its own; let the layers share both, or neither"
+            )
