@@ -254,7 +254,9 @@ class Resolver:
             return False
         data, scale, device = x.data, x.scale, self.device
         return (
-            data.ndim == scale.ndim == 2
+            data.layout is scale.layout is torch.strided
+            and not (data.is_nested or scale.is_nested)  # it has no shape
+            and data.ndim == scale.ndim == 2
             and data.shape[0] == scale.shape[0] == num_tokens
             and data.shape[1] * data.element_size() % ROW_BYTES_MULTIPLE == 0
             and data.device == scale.device == device
@@ -349,10 +351,8 @@ class Resolver:
             got = type(plan).__name__
             raise PlanError(f"{call}: plan: expected a {kind.__name__}, got {got}; pass the plan of {maker}")
         if plan.group_key != self.group_key:
-            raise PlanError(
-                f"{call}: plan: it was made by group {plan.group_key}, this is group {self.group_key}; "
-                "use the group that dispatched"
-            )
+            where = f"group {plan.group_key}, this is group {self.group_key}"
+            raise PlanError(f"{call}: plan: it was made by {where}; use the group that dispatched")
 
 
 def _check_plain(call: str, **arguments: object) -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from support.bad_calls import BAD, call_badly
 from support.emulated_group import SynchronousKernel
 from support.emulator import Emulator
 from support.torch_calls import TorchCalls
@@ -51,6 +52,17 @@ def one_weight_or_none(rank, threads, pair):
 def test_weights_of_one_slot_and_none(run):
     """A column of weights is not the same as no weights: they move with the rows."""
     run(2, one_weight_or_none)
+
+
+def bad_calls_in_turns(rank, threads, pair):
+    # Groups of the emulator are made otherwise, and have one key.
+    names = [name for name in BAD if not name.startswith(("a group ", "a transport ")) and "stranger" not in name]
+    return call_badly(rank, None, pair, names)
+
+
+def test_bad_calls_of_one_rank_leave_the_group_usable(run):
+    complaints = run(2, bad_calls_in_turns)
+    assert complaints == [[], []], "\n".join(complaint for rank in complaints for complaint in rank)
 
 
 # ---------------------------------------------------------------------- what is kept from call to call

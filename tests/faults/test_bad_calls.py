@@ -3,43 +3,10 @@
 import pytest
 import torch
 
-from support.bad_calls import BAD
-from support.good_calls import SHAPE, good
+from support.bad_calls import BAD, call_badly
+from support.good_calls import SHAPE
 from support.pairs import CUDA_PAIRS, NUM_GPUS, Pair
 from tokenferry import BackendUnavailable, ExpertGroup, Routing, ShapeError
-
-
-def call_badly(rank, pg, pair: Pair, names: list[str]) -> list[str]:
-    """Ranks take turns to make a bad call; after each, both make a round trip together."""
-    complaints = []
-    with pair.open(pg, SHAPE) as group, pair.open(pg, SHAPE) as stranger:
-        g = good(pg, group, stranger)
-        for i, name in enumerate(names):
-            call, kind, words = BAD[name]
-            if rank == i % 2:
-                words = [word.replace("DEVICE", str(group.device)) for word in words]
-                complaints += complaints_about(name, lambda call=call: call_and_wait(g, call), kind, words)
-            sent = group.dispatch(g.x * (rank + 1), Routing(g.topk_idx))
-            home = group.combine(sent.x, sent.plan)
-            if not torch.equal(home.x.cpu(), g.x * (rank + 1) * torch.tensor([[1.0], [1.0], [2.0]])):
-                complaints.append(f"{name}: the round trip after it went wrong")
-    return complaints
-
-
-def call_and_wait(g, call) -> None:
-    call(g)
-    g.group.synchronize()  # a device may report its findings no earlier
-
-
-def complaints_about(name: str, call, kind: type[Exception], words: list[str]) -> list[str]:
-    try:
-        call()
-    except Exception as error:  # noqa: BLE001 - compared with the expected one
-        if type(error) is not kind:
-            return [f"{name}: raised {error!r} instead of {kind.__name__}"]
-        return [f"{name}: {word!r} is not in {str(error)!r}" for word in words if word not in str(error)]
-    # A call that was sent puts the ranks out of step: there is nothing to go on with.
-    raise AssertionError(f"{name}: the call was accepted")
 
 
 def test_the_table_is_long_enough():

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from support.good_calls import SHAPE, Call, at, combine, decode, decode_combine, dispatch, grad, open_group, wide
+from support.good_calls import SHAPE, Call, at, combine, decode, decode_combine, dispatch, good, grad, open_group, wide
 from tokenferry import (
     ArgumentError,
     CapacityError,
@@ -18,6 +18,7 @@ from tokenferry import (
     MoeShape,
     PlanError,
     Quantized,
+    Routing,
     RoutingError,
     Scale,
     ShapeError,
@@ -139,6 +140,21 @@ BAD: dict[str, tuple[Call, type[Exception], tuple[str, ...]]] = {
         ShapeError,
         ("dispatch: x.scale: expected a dense tensor, got torch.sparse_coo; call .to_dense()",),
     ),
+    "rows are sparse": (
+        dispatch(x=wide(3, 16).to_sparse()),
+        ShapeError,
+        ("dispatch: x: expected a dense tensor, got torch.sparse_coo; call .to_dense()",),
+    ),
+    "quantized rows are compressed": (
+        dispatch(x=Quantized(wide(3, 16, dtype=torch.uint8).to_sparse_csr(), wide(3, 1))),
+        ShapeError,
+        ("dispatch: x.data: expected a dense tensor, got torch.sparse_csr; call .to_dense()",),
+    ),
+    "weights are sparse": (
+        dispatch(topk_weights=wide(3, 2).to_sparse()),
+        ShapeError,
+        ("dispatch: topk_weights: expected a dense tensor",),
+    ),
     "quantized rows require grad": (
         dispatch(x=lambda g: Quantized(g.x.clone().requires_grad_(), wide(3, 1))),
         ArgumentError,
@@ -246,6 +262,11 @@ BAD: dict[str, tuple[Call, type[Exception], tuple[str, ...]]] = {
         decode(x=wide(3, 16, dtype=torch.float64)),
         ShapeError,
         ("decode_dispatch: x:", "torch.bfloat16", "torch.float64", ".to("),
+    ),
+    "decode sparse rows": (
+        lambda g: g.group.decode_dispatch(wide(3, 16).to_sparse(), g.routing),
+        ShapeError,
+        ("decode_dispatch: x: expected a dense tensor",),
     ),
     "decode too many rows": (
         decode(x=wide(9, 16), topk_idx=torch.zeros(9, 2, dtype=torch.int64), topk_weights=wide(9, 2)),
@@ -402,3 +423,36 @@ BAD: dict[str, tuple[Call, type[Exception], tuple[str, ...]]] = {
         ("group:", "ProcessGroup", "None", "list"),
     ),
 }
+
+
+def call_badly(rank, pg, pair, names: list[str]) -> list[str]:
+    """Ranks take turns to make a bad call; after each, both make a round trip together."""
+    complaints = []
+    with pair.open(pg, SHAPE) as group, pair.open(pg, SHAPE) as stranger:
+        g = good(pg, group, stranger)
+        for i, name in enumerate(names):
+            call, kind, words = BAD[name]
+            if rank == i % 2:
+                words = [word.replace("DEVICE", str(group.device)) for word in words]
+                complaints += complaints_about(name, lambda call=call: call_and_wait(g, call), kind, words)
+            sent = group.dispatch(g.x * (rank + 1), Routing(g.topk_idx))
+            home = group.combine(sent.x, sent.plan)
+            if not torch.equal(home.x.cpu(), g.x * (rank + 1) * torch.tensor([[1.0], [1.0], [2.0]])):
+                complaints.append(f"{name}: the round trip after it went wrong")
+    return complaints
+
+
+def call_and_wait(g, call) -> None:
+    call(g)
+    g.group.synchronize()  # a device may report its findings no earlier
+
+
+def complaints_about(name: str, call, kind: type[Exception], words: list[str]) -> list[str]:
+    try:
+        call()
+    except Exception as error:  # noqa: BLE001 - compared with the expected one
+        if type(error) is not kind:
+            return [f"{name}: raised {error!r} instead of {kind.__name__}"]
+        return [f"{name}: {word!r} is not in {str(error)!r}" for word in words if word not in str(error)]
+    # A call that was sent puts the ranks out of step: there is nothing to go on with.
+    raise AssertionError(f"{name}: the call was accepted")

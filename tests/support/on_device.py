@@ -76,6 +76,8 @@ class OnDevice(ExpertGroup):
 
 
 def _carried(tensor: Tensor, device: torch.device) -> Tensor:
+    if tensor.layout is not torch.strided:
+        return tensor.to(device)
     there = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
     return there.copy_(tensor)  # a tensor that requires grad gives one that does
 

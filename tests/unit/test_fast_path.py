@@ -375,6 +375,34 @@ def test_dispatches_that_are_not_plainly_right_take_the_general_path(x):
             group.dispatch(rows, routed)
 
 
+def nested(tensor):
+    return torch._nested_tensor_from_tensor_list(list(tensor))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch says that nested tensors are new
+@pytest.mark.parametrize("odd", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr, nested])
+def test_tensors_that_are_not_dense_take_the_general_path(odd):
+    """Also as scales, where one like it was dense before: its address was asked for behind the first launch."""
+    group, where = SilentGroup(SHAPE).group, routing()
+    quantized, weights = PAYLOADS["scales by row"], WEIGHTS
+    plan = group.dispatch(rows_of(T, H), where).plan
+    for _ in range(2):
+        group.dispatch(quantized, Routing(where.topk_idx, weights))
+        group.redispatch(quantized, plan)
+        group.dispatch(rows_of(T, H), where)
+    for rows in (
+        Quantized(quantized.data, odd(quantized.scale)),
+        Quantized(odd(quantized.data), quantized.scale),
+        odd(rows_of(T, H)),
+    ):
+        for call in (lambda x: group.dispatch(x, where), lambda x: group.redispatch(x, plan)):
+            with pytest.raises(ShapeError, match="expected a dense tensor"):
+                call(rows)
+    with pytest.raises(ShapeError, match="expected a dense tensor"):
+        group.dispatch(rows_of(T, H), Routing(where.topk_idx, odd(weights)))
+    assert group._backend.broken is None
+
+
 def test_combines_that_are_not_plainly_right_take_the_general_path():
     """Shapes and dtypes of biases and outputs are checked every time; sums are not written over what is read."""
     group, x = SilentGroup(SHAPE).group, rows_of(T, H)

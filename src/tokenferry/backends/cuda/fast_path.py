@@ -362,6 +362,8 @@ def _is_plain(tensor: object, device: torch.device) -> TypeGuard[Tensor]:
     return (
         type(tensor) is Tensor
         and tensor.device == device
+        and tensor.layout is torch.strided
+        and not tensor.is_nested
         and tensor.is_contiguous()
         and not (tensor.requires_grad and torch.is_grad_enabled())
     )
