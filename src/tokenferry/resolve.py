@@ -356,9 +356,9 @@ class Resolver:
 
 
 def _check_plain(call: str, **arguments: object) -> None:
-    """Raise ShapeError for a tensor whose memory does not hold its values; other checks say what else is wrong.
+    """Raise for a tensor whose memory does not hold its values, or not all of it; other checks say what else is wrong.
 
-    The fast path of a backend leaves this out: it would cost a twentieth of a call.
+    The fast path of a backend leaves out negated and conjugated ones: that would cost a twentieth of a call.
     """
     for name, value in arguments.items():
         for part, one in _parts(name, value).items():

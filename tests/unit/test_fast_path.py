@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from support.silent_kernels import CountedCalls, SilentGroup, comparable, counted_calls, num_python_calls, rows_of
 from tokenferry.backends.cuda.combine import Combiner
@@ -401,6 +402,36 @@ def test_tensors_that_are_not_dense_take_the_general_path(odd):
     with pytest.raises(ShapeError, match="expected a dense tensor"):
         group.dispatch(rows_of(T, H), Routing(where.topk_idx, odd(weights)))
     assert group._backend.broken is None
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_tensors_that_stand_for_others_take_the_general_path():
+    """And those with tangents: addresses were asked for behind the call's begin, and tangents were lost."""
+    group, x, where = SilentGroup(SHAPE).group, rows_of(T, H), routing()
+    index = where.topk_idx
+    with SilentGroup.workspaces_agree():
+        sent, decoded = group.dispatch(x, where), group.decode_dispatch(x, where)
+        y, answers = rows_of(6, H), decoded.x
+        calls = {
+            "dispatch: x": (x, lambda t: group.dispatch(t, where)),
+            "dispatch: topk_weights": (WEIGHTS, lambda t: group.dispatch(x, Routing(index, t))),
+            "redispatch: x": (x, lambda t: group.redispatch(t, sent.plan)),
+            "combine: y": (y, lambda t: group.combine(t, sent.plan)),
+            "decode_dispatch: x": (x, lambda t: group.decode_dispatch(t, where)),
+            "decode_combine: y": (answers, lambda t: group.decode_combine(t, decoded.plan)),
+        }
+        for _, (right, call) in calls.items():
+            call(right)
+        number = group._backend.context.last_call_number
+        for name, (right, call) in calls.items():
+            for transform in (torch.vmap, torch.func.functionalize):
+                with pytest.raises(ShapeError, match=f"{name}: expected a tensor with values in memory"):
+                    transform(call)(right[None] if transform is torch.vmap else right)
+            with forward_ad.dual_level(), pytest.raises(ArgumentError, match=f"{name}: has a tangent"):
+                call(forward_ad.make_dual(right, torch.ones_like(right)))
+        assert group._backend.context.last_call_number == number, "a call has begun"
+        for _, (right, call) in calls.items():
+            call(right)
 
 
 def test_combines_that_are_not_plainly_right_take_the_general_path():

@@ -53,8 +53,9 @@ A training step of a byte-level language model with FSDP2 and AdamW: experts in 
 through torch's all_to_all_single, in turns, after losses and gradients have been compared.
 """
 NODES = """\
-dispatch and combine, and pairs of decode calls, in a group of several nodes, which are all on this host. Beside them
-each of their two legs alone: the rows between nodes, and those inside of nodes. Counts the bytes that cross.
+dispatch, redispatch and combine, eagerly and in CUDA graphs, and pairs of decode calls, in a group of several nodes,
+which are all on this host. Beside them each of their two legs alone: the rows between nodes, and those inside of nodes.
+Counts the bytes that cross.
 """
 MODEL_OPTIONS = {
     "layers": "layers of the model",

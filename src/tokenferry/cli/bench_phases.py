@@ -105,7 +105,10 @@ PHASES = {
         in_default_group,
     ),
     "nodes": Phase(
-        nodes.measure_nodes, 540.0, "dispatch and combine across nodes, beside each of their legs alone", "nodes"
+        nodes.measure_nodes,
+        540.0,
+        "calls across nodes, beside each of their legs alone, eagerly and in graphs",
+        "nodes",
     ),
     "nodes_decode": Phase(
         nodes_decode.measure_node_pairs, 300.0, "decode calls across nodes, beside their legs alone", "nodes"

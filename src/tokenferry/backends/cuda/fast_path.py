@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tokenferry.backends.base import Encoding, QuickChecks
 from tokenferry.backends.cuda.bounded import BoundedDict
@@ -42,6 +43,7 @@ from tokenferry.types import (
     Scale,
 )
 
+_is_transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active
 _MAX_KEYS = 256
 _MAX_SIZES = 1024
 _MAX_BIASES = 2
@@ -143,6 +145,8 @@ class CudaFastPath:
         self, x: Tensor | Quantized, routing: Routing, options: DispatchOptions | None, num_sms: int | None
     ) -> Dispatched[Any] | None:
         """See `tokenferry.backends.base.FastPath`."""
+        if _is_transformed() or forward_ad._current_level >= 0:  # tensors may stand for others, or have tangents
+            return None
         device, checks = self._device, self._checks
         if type(routing) is not Routing or not (options is None or type(options) is DispatchOptions):
             return None
@@ -178,6 +182,8 @@ class CudaFastPath:
         self, x: Tensor | Quantized, plan: Plan, topk_weights: Tensor | None, num_sms: int | None
     ) -> Dispatched[Any] | None:
         """See `tokenferry.backends.base.FastPath`."""
+        if _is_transformed() or forward_ad._current_level >= 0:  # tensors may stand for others, or have tangents
+            return None
         if type(plan) is not self._plan_type or plan._form.group_key != self._key or not _may_be_sms(num_sms):
             return None
         plan_form, num_tokens = plan._form, plan._layout.num_tokens
@@ -213,6 +219,8 @@ class CudaFastPath:
         num_sms: int | None,
     ) -> Combined | None:
         """See `tokenferry.backends.base.FastPath`."""
+        if _is_transformed() or forward_ad._current_level >= 0:  # tensors may stand for others, or have tangents
+            return None
         if type(plan) is not self._plan_type or plan._form.group_key != self._key or not _may_be_sms(num_sms):
             return None
         plan_form, delivered = plan._form, plan.num_delivered
@@ -250,6 +258,8 @@ class CudaFastPath:
         self, x: Tensor, routing: Routing, quantize: Scale | None, stats: DecodeStats | None, *, return_hook: bool
     ) -> DecodeDispatched[Any] | None:
         """See `tokenferry.backends.base.FastPath`."""
+        if _is_transformed() or forward_ad._current_level >= 0:  # tensors may stand for others, or have tangents
+            return None
         decoder, context, device = self._decoder, self._context, self._device
         if type(routing) is not Routing or not (quantize is None or type(quantize) is Scale):
             return None
@@ -293,6 +303,8 @@ class CudaFastPath:
         return_hook: bool,
     ) -> DecodeCombined | None:
         """See `tokenferry.backends.base.FastPath`."""
+        if _is_transformed() or forward_ad._current_level >= 0:  # tensors may stand for others, or have tangents
+            return None
         decoder, context, checks = self._decoder, self._context, self._checks
         if type(plan) is not LazyDecodePlan or not _is_plain(y, self._device):
             return None
