@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed.tensor  # assert_close does it later than the server of ranks needs it
 
-from support.pools import prefer
+from support.pools import forget_compiled, prefer
 from tokenferry.testing.world import World
 
 # No test is timed: an example may take long on a busy machine.
@@ -46,6 +46,12 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_compiled() -> None:
+    """Start each test with a compiler that knows nothing of the tests before; `worlds` does so in its ranks."""
+    forget_compiled()
+
+
 @pytest.fixture(scope="session")
 def worlds() -> Iterator[Callable[..., World]]:
     """Return pools of ranks, one per R and kind of device for the whole session; a new one after a job failed.
@@ -60,6 +66,8 @@ def worlds() -> Iterator[Callable[..., World]]:
         if key not in pools or not pools[key].alive:
             pools[key] = World(num_ranks, devices=devices, timeout_s=JOB_S, ranks_per_node=ranks_per_node)
             pools[key].run(prefer, devices)
+        else:
+            pools[key].run(forget_compiled)
         return pools[key]
 
     yield get

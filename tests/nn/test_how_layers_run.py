@@ -22,7 +22,6 @@ WIDTH = 24
 
 @pytest.fixture
 def group():
-    torch._dynamo.reset()
     with tokenferry.ExpertGroup(None, SHAPE, backend="cpu") as one:
         yield one
 

@@ -164,7 +164,6 @@ def test_the_loss_scale_is_as_documented(worlds):
 
 @pytest.mark.parametrize("capture", [False, True])
 def test_compile(capture):
-    torch._dynamo.reset()
     group = tokenferry.ExpertGroup(None, MoeShape(4, 2, 16, max_tokens=6))
     layer = MoELayer(group, FFN)
     with torch._dynamo.config.patch(capture_scalar_outputs=capture):

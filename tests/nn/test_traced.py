@@ -27,7 +27,6 @@ def name(options):
 
 @pytest.fixture
 def group():
-    torch._dynamo.reset()
     with tokenferry.ExpertGroup(None, SHAPE) as group:
         yield group
 
@@ -73,7 +72,6 @@ def _compiled_equals_eager(rank, pg, options, backend):
 
 @pytest.mark.parametrize("options", [*HOST, *DEVICE], ids=name)
 def test_compile_fullgraph(options):
-    torch._dynamo.reset()
     _compiled_equals_eager(0, None, options, "aot_eager")
 
 

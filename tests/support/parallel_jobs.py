@@ -352,7 +352,6 @@ def run_otherwise(
     found, recipe = [], Recipe(tool, expert_ranks=expert_ranks)
     backend = "inductor" if otherwise.startswith("generated") else "aot_eager"
     one_graph = {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True}
-    torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     with (
         torch._dynamo.config.patch(one_graph if backend == "inductor" else {}),

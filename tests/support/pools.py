@@ -1,6 +1,7 @@
-"""Jobs that make a new pool of ranks ready for tests."""
+"""Jobs that make pools of ranks ready for tests."""
 
 import os
+import sys
 
 
 def prefer(rank, pg, backend: str) -> None:
@@ -9,3 +10,10 @@ def prefer(rank, pg, backend: str) -> None:
         os.environ["TOKENFERRY_BACKEND"] = "cpu"
     else:
         os.environ.pop("TOKENFERRY_BACKEND", None)
+
+
+def forget_compiled(*rank_and_group: object) -> None:
+    """Drop what torch.compile keeps in this process: it does not try again, in a later test, what once failed."""
+    compiler = sys.modules.get("torch._dynamo")
+    if compiler is not None:
+        compiler.reset()
