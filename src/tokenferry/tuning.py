@@ -72,7 +72,8 @@ must not keep NCCL from what a rank of another node waits for."""
 
 RAIL_CHUNK_BYTES = 8 << 20
 """Least bytes of a chunk between nodes. A card of 100 GB/s takes 84 us for so many, and a slow host as long for a chunk
-(an exchange and two launches). Shorter ones wait for the host."""
+(an exchange and two launches). Shorter ones wait for the host. NVLink takes 25 us, and so does a GPU for a chunk by
+itself (H200)."""
 MOST_RAIL_CHUNKS = 8
 """Most chunks between two nodes: the last one is passed on when the network is done, which takes an eighth then."""
 ROUTING_AT_ONCE_BYTES = 512 << 10
@@ -308,8 +309,13 @@ def rail_chunks(max_tokens: int, row_bytes: int) -> tuple[int, int]:
     """Return in how many chunks the rows for one node cross, and the most tokens of one. Pure.
 
     One chunk is passed on while the next one crosses. ``row_bytes``: of a row without its scales.
+
+    Each of n chunks costs as much by itself as NVLink takes for RAIL_CHUNK_BYTES. When the network is done the last one
+    is left to pass on, each row to about two ranks of its node: 2 B / n of B bytes. Both together are least for
+    n = sqrt(2 B / RAIL_CHUNK_BYTES).
     """
-    num = max(1, min(max_tokens * row_bytes // RAIL_CHUNK_BYTES, MOST_RAIL_CHUNKS))
+    smallest = max_tokens * row_bytes / RAIL_CHUNK_BYTES
+    num = max(1, min(int(smallest), round(math.sqrt(2 * smallest)), MOST_RAIL_CHUNKS))
     return num, -(-max_tokens // num)
 
 
@@ -318,7 +324,9 @@ def why_rail_chunks(max_tokens: int, row_bytes: int) -> str:
     num, _ = rail_chunks(max_tokens, row_bytes)
     if num == MOST_RAIL_CHUNKS:
         return f"more than {num} would hide little more, since only the last one is passed on when the network is done"
-    return f"shorter ones than {RAIL_CHUNK_BYTES >> 20} MiB would cross faster than the host can start the next"
+    if num >= max_tokens * row_bytes // RAIL_CHUNK_BYTES:
+        return f"shorter ones than {RAIL_CHUNK_BYTES >> 20} MiB would cross faster than the host can start the next"
+    return "one more would cost as much as it saves of the last one, which is passed on when the network is done"
 
 
 def routing_at_once(max_tokens: int, token_bytes: int, num_others: int) -> bool:

@@ -285,7 +285,7 @@ def in_few_chunks(rank: int, pg: None, pair: EmulatedPair, tokens: tuple[int, ..
 )
 def test_chunks_in_which_no_rank_has_tokens_are_passed_over(run, monkeypatch, tokens, chunks):
     """All ranks of a node launch as many kernels as the one with the most tokens, in units of 128, needs."""
-    monkeypatch.setattr(tuning, "RAIL_CHUNK_BYTES", 1024 * 16 * 4 // 8)  # eight chunks of 128 tokens
+    monkeypatch.setattr(tuning, "RAIL_CHUNK_BYTES", 1024 * 16 * 4 // 32)  # eight chunks of 128 tokens
     launches, launch = [], LaunchTemplate.launch
 
     def watched(template: LaunchTemplate, grid: int, stream: int) -> None:
@@ -646,7 +646,7 @@ def test_what_has_not_come_is_not_taken_for_good(run):
 
 def test_a_chunk_that_has_not_come_is_not_taken_for_good(run, monkeypatch):
     """The first or the second of two chunks, of rows or of sums."""
-    monkeypatch.setattr(tuning, "RAIL_CHUNK_BYTES", SHAPE.hidden * 4)  # one token in each
+    monkeypatch.setattr(tuning, "RAIL_CHUNK_BYTES", SHAPE.hidden * 4 // 4)  # eight chunks: one token in each
     for which, errors in in_each(
         run, call_all, gives_up_an_exchange, [(1, False), (2, False), (3, True), (4, True)]
     ).items():

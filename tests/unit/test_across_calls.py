@@ -193,7 +193,7 @@ def test_launches_exchanges_and_waits(most):
 
 def test_calls_are_compared_before_all_sums_have_come(monkeypatch):
     """Where they are different calls, the later exchanges may never end."""
-    monkeypatch.setattr(tuning, "RAIL_CHUNK_BYTES", 2 * H)  # eight chunks
+    monkeypatch.setattr(tuning, "RAIL_CHUNK_BYTES", 2 * H // 4)  # eight chunks
     silent = SilentNodes(MoeShape(E, K, H, 8))
     combine, names = calls_of(silent)["combine"], []
     combine()

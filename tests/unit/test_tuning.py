@@ -202,10 +202,12 @@ def test_rows_between_nodes_cross_in_chunks_that_are_large_enough():
     assert tuning.rail_chunks(128, 14336) == (1, 128)
     assert tuning.rail_chunks(1171, 14336) == (2, 586), "16.8 MB: two chunks of 8.4 MB"
     assert tuning.rail_chunks(4096, 7168) == (3, 1366)
-    assert tuning.rail_chunks(8192, 14336) == (8, 1024)
+    assert tuning.rail_chunks(4096, 14336) == (4, 1024), "sqrt(14)"
+    assert tuning.rail_chunks(8192, 14336) == (5, 1639), "sqrt(28)"
     assert tuning.rail_chunks(1 << 30, 7168) == (tuning.MOST_RAIL_CHUNKS, (1 << 30) // tuning.MOST_RAIL_CHUNKS)
     assert tuning.rail_chunks(0, 7168) == (1, 0)
-    assert tuning.why_rail_chunks(8192, 14336).startswith("more than 8 would hide little more")
+    assert tuning.why_rail_chunks(32768, 14336).startswith("more than 8 would hide little more")
+    assert tuning.why_rail_chunks(4096, 14336).startswith("one more would cost as much as it saves")
     assert tuning.why_rail_chunks(300, 14336).startswith("shorter ones than 8 MiB")
 
 
