@@ -34,7 +34,13 @@ def test_inference_waits_for_no_counts_where_ranks_share_a_batch(worlds, tensor,
 
 @pytest.mark.parametrize(
     "job",
-    [jobs.captures, jobs.breaks_a_compiled_graph, jobs.shares_its_group, jobs.needs_the_device_of_the_group],
+    [
+        jobs.captures,
+        jobs.breaks_a_compiled_graph,
+        jobs.differentiates_shards_twice,
+        jobs.shares_its_group,
+        jobs.needs_the_device_of_the_group,
+    ],
     ids=lambda job: job.__name__,
 )
 def test_a_layer(worlds, job):

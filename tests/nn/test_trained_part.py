@@ -6,16 +6,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from support import parallel_jobs
 from support.closeness import close
 from support.training_jobs import Recipe
-from tokenferry.nn import sharding
+from tokenferry.autograd import local_parts
 
 
 def differentiated(rank: int, pg: dist.ProcessGroup, tool: str) -> Tensor | str:
     """Return a second derivative, as under torch 2.11."""
-    with mock.patch.object(sharding, "_TO_LOCAL_ONCE", True):
+    with mock.patch.object(local_parts, "_TO_LOCAL_ONCE", True):
         return parallel_jobs.differentiated(rank, pg, tool)
 
 
@@ -30,7 +32,7 @@ def taken(rank: int, pg: dist.ProcessGroup) -> None:
     with recipe.open_group(pg) as group:
         model = parallel_jobs.prepared(parallel_jobs.Model(group, recipe.dtype), recipe, pg)
         gate = model.moe[0].experts.gate
-        for part in (sharding._TrainedPart.apply(gate), gate.to_local()):
+        for part in (local_parts._TrainedPart.apply(gate), gate.to_local()):
             assert part.requires_grad
             assert part.data_ptr() == gate._local_tensor.data_ptr()
             (grad,) = torch.autograd.grad(part.square().sum(), gate)
@@ -38,6 +40,25 @@ def taken(rank: int, pg: dist.ProcessGroup) -> None:
             assert grad.device_mesh == gate.device_mesh
             assert torch.equal(grad.to_local(), 2 * gate.to_local())
         assert not gate._local_tensor.requires_grad, "the parameter would hold its own graph, and never be freed"
+
+
+def taken_of_rows(rank: int, pg: dist.ProcessGroup) -> None:
+    """Activations: ranks may hold different numbers of rows, all of them, or addends."""
+    mesh = DeviceMesh("cpu", range(pg.size()))
+    for placement in (Shard(0), Replicate(), Partial()):
+        rows = torch.randn(3 - rank if placement.is_shard() else 3, 4, dtype=torch.float64)
+        shape = {"shape": (5, 4) if placement.is_shard() else (3, 4), "stride": (4, 1)}
+        whole = DTensor.from_local(rows, mesh, [placement], run_check=False, **shape).requires_grad_()
+        grads = []
+        for part in (local_parts._TrainedPart.apply(whole), whole.to_local()):
+            (grad,) = torch.autograd.grad(part.square().sum(), whole)
+            grads.append((grad.shape, grad.stride(), grad.placements, grad.to_local().tolist()))
+        assert grads[0] == grads[1]
+        assert grads[0][3] == (2 * rows).tolist()
+
+
+def test_rows_are_those_of_torch(worlds):
+    worlds(2).run(taken_of_rows)
 
 
 def test_parts_are_those_of_torch(worlds):

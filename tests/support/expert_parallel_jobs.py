@@ -7,10 +7,12 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from tokenferry import ArgumentError, ClosedError, ConfigError, ExpertGroup, Routing
+from tokenferry.autograd import local_parts
 from tokenferry.integrations import transformers as ours
 from tokenferry.integrations.transformers import ExpertParallel
 
@@ -113,6 +115,22 @@ def differentiates_twice(rank, pg, tensor: int) -> None:
         found.append((*first, rows.grad, gates.grad))
     for got, want in zip(*found, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def differentiates_shards_twice(rank, pg) -> None:
+    """In weights that are DTensors, as transformers 5.17 has them, also where torch's own way is for once only."""
+    experts, mesh = nn.Linear(4, 4, bias=False, dtype=torch.float64), init_device_mesh("cpu", (R,))
+    experts.weight = whole = nn.Parameter(distribute_tensor(experts.weight.detach(), mesh, [Shard(0)]))
+    with (
+        mock.patch.object(local_parts, "_TO_LOCAL_ONCE", True),
+        mock.patch.object(DTensor, "to_local", lambda tensor: tensor.detach()._local_tensor),
+        ours._local_parameters(experts),
+    ):
+        loss = experts.weight.pow(3).sum()
+    assert experts.weight is whole
+    (first,) = torch.autograd.grad(loss, whole, create_graph=True)
+    first.to_local().square().sum().backward()
+    torch.testing.assert_close(whole.grad.to_local(), 36 * whole.detach().to_local() ** 3)
 
 
 def gives_what_may_be_overwritten(rank, pg, tensor: int) -> None:

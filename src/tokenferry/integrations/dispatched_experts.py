@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from tokenferry.autograd.local_parts import trained_part
 from tokenferry.errors import ConfigError
 
 STYLE = "ep_dispatch_experts"
@@ -78,7 +79,7 @@ class DispatchedExperts:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return trained_part(tensor) if isinstance(tensor, DTensor) else tensor
 
 
 def run_local_experts(experts: nn.Module, rows: Tensor, index: Tensor, weights: Tensor) -> Tensor:

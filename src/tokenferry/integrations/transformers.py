@@ -36,6 +36,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from tokenferry.api import ExpertGroup
+from tokenferry.autograd.local_parts import trained_part
 from tokenferry.errors import ArgumentError, BackendUnavailable, ConfigError
 from tokenferry.integrations.dispatched_experts import STYLE, DispatchedExperts, run_local_experts
 from tokenferry.integrations.exchange import Exchange, Received, Sharers
@@ -263,7 +264,7 @@ def _local_parameters(module: nn.Module) -> Iterator[None]:
     """Replace the sharded parameters of a module by their local parts, which pass gradients on to them."""
     parameters: dict[str, Any] = module._parameters
     whole = {name: p for name, p in parameters.items() if isinstance(p, DTensor)}
-    parameters.update({name: p.to_local() for name, p in whole.items()})
+    parameters.update({name: trained_part(p) for name, p in whole.items()})
     try:
         yield
     finally:

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tokenferry import autograd
 from tokenferry.api import ExpertGroup
+from tokenferry.autograd.local_parts import trained_part
 from tokenferry.errors import ConfigError, ShapeError
 from tokenferry.nn.balance.placement import Placement
 from tokenferry.nn.balance.replicas import share_gradients
@@ -21,7 +22,7 @@ from tokenferry.nn.options import LayerOptions
 from tokenferry.nn.precision import NARROW, autocast_dtype
 from tokenferry.nn.recomputing import recomputing
 from tokenferry.nn.router import GroupLimit, Router
-from tokenferry.nn.sharding import SameExperts, averaged_gradient, expert_mesh, shard_parameters, trained_part
+from tokenferry.nn.sharding import SameExperts, averaged_gradient, expert_mesh, shard_parameters
 from tokenferry.topology import most_nodes
 from tokenferry.types import Routing
 

@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 
 # torch.distributed.tensor takes a second to import: a process with all experts does without it.
 
-_TO_LOCAL_ONCE = torch.__version__.startswith("2.11.")
-"""Whether the gradient of ``DTensor.to_local()`` has none itself, as is so in the oldest torch that we know."""
-
 
 def expert_mesh(group: ExpertGroup) -> DeviceMesh | None:
     """Return the ranks of a group as a mesh, for parameters with a part on each; None if one rank has all. Local."""
@@ -122,34 +119,6 @@ def local_part(parameter: Tensor) -> Tensor:
     """Return what this rank holds of a parameter: its part of a DTensor, all of another."""
     part: Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter
     return part
-
-
-def trained_part(parameter: Any) -> Tensor:  # noqa: ANN401 - a DTensor
-    """Return what this rank holds of a DTensor, for products; differentiable any number of times.
-
-    That is ``to_local()``, but for torch 2.11, whose gradient of it has none itself: second derivatives would lack what
-    comes of the weights of experts, without a word where they have other parts. Compiled code has none anyway.
-    """
-    part: Tensor
-    if _TO_LOCAL_ONCE and not torch.compiler.is_compiling():
-        part = _TrainedPart.apply(parameter)  # type: ignore[no-untyped-call]
-    else:
-        part = parameter.to_local()
-    return part
-
-
-class _TrainedPart(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, whole: Any) -> Tensor:  # noqa: ANN401 - torch's
-        ctx.mesh, ctx.placements = whole.device_mesh, whole.placements
-        part: Tensor = whole.to_local()
-        return part.view_as(part)  # the parameter's own tensor must not become a result
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # noqa: ANN401 - a DTensor
-        from torch.distributed.tensor import DTensor
-
-        return DTensor.from_local(grad, ctx.mesh, ctx.placements, run_check=False)  # all ranks hold equally many
 
 
 def local_with_gradient(parameter: nn.Parameter) -> Tensor:
