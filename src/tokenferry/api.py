@@ -73,7 +73,7 @@ class ExpertGroup(Connected):
         Collective: the constructor, `warmup`, `dispatch`, `redispatch`, `combine`, `decode_dispatch` and
             `decode_combine`; all ranks call them in the same order. `close`, `for_shape`, `mask`, `empty_rows`,
             `synchronize` and the attributes are local.
-        Threads: one thread at a time.
+        Threads: one thread at a time; on CPUs a call of a second one at the same time raises ArgumentError.
         Processes: in a forked child every call raises ClosedError; `close` does nothing there.
         Copies: `copy.copy` and `copy.deepcopy`, also of a model that holds the group, share it. Pickling it raises
             PickleError.

@@ -267,6 +267,8 @@ class Plan:
     _host_counts: tuple[int, ...] | None = field(default=None, repr=False)
     # CUDA, several nodes: the first numbers of `_places`, so that the host need not read them there.
     _host_sizes: tuple[int, ...] | None = field(default=None, repr=False)
+    # CPU: the number of the dispatch, which ranks compare; 0: not known, in compiled functions.
+    _call_number: int = field(default=0, repr=False)
 
     def _managed_by_torch(self) -> tuple[Tensor, ...]:
         """Return the tensors in memory that torch manages, and reuses in the order of the streams that it knows of."""

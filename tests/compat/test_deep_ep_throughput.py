@@ -44,6 +44,10 @@ def test_num_worst_tokens(worlds, case):
     worlds(4).run(jobs.worst_tokens, case)
 
 
+def test_too_few_worst_tokens(worlds):
+    worlds(4).run(jobs.too_few_worst_tokens, jobs.CASES[0])
+
+
 def test_each_direction_is_the_transpose_of_the_other(worlds):
     sums = worlds(4).run(jobs.backward, jobs.CASES[0])
     there, home = (sum(side) for side in zip(*sums, strict=True))

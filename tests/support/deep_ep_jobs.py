@@ -1,6 +1,7 @@
 """Jobs of the tests of `tokenferry.compat.deep_ep`; their results are compared with the oracle's."""
 
 import os
+import re
 from collections.abc import Callable
 from unittest import mock
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from tokenferry.compat.deep_ep import Buffer, EventHandle
 from tokenferry.compat.deep_ep.throughput import Handle
-from tokenferry.errors import ArgumentError, ShapeError
+from tokenferry.errors import ArgumentError, CapacityError, MismatchError, ShapeError
 from tokenferry.testing.cases import Case, answers, returned_weights
 from tokenferry.testing.compare import same_bits
 from tokenferry.testing.oracle import Oracle, Sent
@@ -269,6 +270,21 @@ def worst_tokens(rank, pg, case):
     y[:num] = ys[rank]
     same_bits("combined_x", buffer.combine(y, handle)[0], oracle.combine(rank, ys, (), nodes_of(buffer)))
     same_bits("cached recv_x", buffer.dispatch(mine.x, handle=handle)[0][:num], oracle.x(rank))
+
+
+def too_few_worst_tokens(rank, pg, case):
+    """Errors name num_worst_tokens, and say what to pass; what no rank could hold leaves the buffer usable."""
+    mine, buffer = case.inputs()[rank], Buffer(pg)
+    given = layout_arguments(buffer, mine.topk_idx, case.experts)
+    routed = {"topk_idx": mine.topk_idx, "topk_weights": mine.topk_weights, **given}
+    most = max(case.tokens)
+    with pytest.raises(CapacityError) as caught:
+        buffer.dispatch(mine.x, num_worst_tokens=most, **routed)
+    found = rf"rank \d received \d+ rows, capacity={most}; pass R times the most tokens of any rank"
+    assert re.fullmatch(rf"Buffer.dispatch: num_worst_tokens={most} holds too few rows: {found}", str(caught.value))
+    assert buffer.dispatch(mine.x, num_worst_tokens=4 * most, **routed)[0].shape[0] == 4 * most
+    with pytest.raises(MismatchError, match=r"num_worst_tokens is \d+ on rank"):
+        buffer.dispatch(mine.x, num_worst_tokens=4 * most + rank // 3, **routed)
 
 
 def backward(rank, pg, case):

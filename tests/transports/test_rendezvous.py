@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import itertools
 import os
 import socket
 import sys
@@ -209,6 +210,19 @@ def different_shapes(rank, pg):
 
 def different_limits(rank, pg):
     return make(pg, tokenferry.MoeShape(4, top_k=1, hidden=8, max_tokens=4, max_nodes=1 if rank else None))
+
+
+def different_backends(rank, pg, backends):
+    with mock.patch.dict(os.environ):
+        os.environ.pop("TOKENFERRY_BACKEND", None)  # of the pool, which takes the place of "auto"
+        return make(pg, backend=backends[rank])
+
+
+@pytest.mark.parametrize("backends", list(itertools.permutations(("auto", "cpu", "cuda"), 2)), ids=" and ".join)
+def test_each_backend_begins_otherwise_but_all_ranks_say_what_was_asked_for(worlds, backends):
+    for kind, message in worlds(2).run(different_backends, backends):
+        assert kind is ConfigError
+        assert f"backend differs between ranks (rank 0: {backends[0]}, rank 1: {backends[1]})" in message
 
 
 def different_transports(rank, pg):

@@ -71,6 +71,11 @@ class Resolved:
     network: str = "nccl"
     put_bytes: int | None = None
 
+    @property
+    def terms(self) -> dict[str, object]:
+        """What ranks compare in their first exchange, whichever backend they try: each begins with another one."""
+        return {"backend": self.backend}
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DispatchRequest:

@@ -11,6 +11,7 @@ from tokenferry.backends.cpu.backend import make_cpu_backend
 from tokenferry.errors import BackendUnavailable, ConfigError
 from tokenferry.transports.handshake import Bootstrap, agree
 from tokenferry.transports.refused import resource_error
+from tokenferry.transports.rendezvous import compare_terms
 
 _log = logging.getLogger("tokenferry")
 _announced: set[str] = set()
@@ -71,6 +72,7 @@ def _decline_cuda(group: dist.ProcessGroup | None, resolved: Resolved, error: Ex
     if group is None or group.size() == 1:
         return why
     table = Bootstrap(group, resolved.timeout_s)
-    table.exchange({"host": "", "process": "", "device": None, "trouble": f" that works: {why}"})
+    handshake = {"host": "", "process": "", "device": None, "trouble": f" that works: {why}"}
+    compare_terms(table.exchange(handshake | {"terms": resolved.terms}))
     reason = agree(table, f"rank {group.rank()}: {why}")
     return agree(table, reason)

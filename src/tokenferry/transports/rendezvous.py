@@ -112,7 +112,7 @@ def connect(group: dist.ProcessGroup | None, wanted: Wanted, timeout_s: float, t
                 "process": {"id": os.getpid(), "namespace": pid_namespace()},
             }
         )
-        compare_terms([handshake["terms"] for handshake in handshakes])
+        compare_terms(handshakes)
         key = handshakes[0]["key"]
         topology = _find_nodes(rank, handshakes, wanted)
         nodes = topology.nodes
@@ -190,12 +190,13 @@ def user() -> int:
     return os.geteuid() if hasattr(os, "geteuid") else -1
 
 
-def compare_terms(terms: list[dict[str, Any]]) -> None:
-    """Check that all ranks have the same terms.
+def compare_terms(handshakes: Sequence[dict[str, Any]]) -> None:
+    """Check that all ranks have the same terms, by their handshakes.
 
     Raises:
         ConfigError: they differ; the message names the first term that does, and each rank's value.
     """
+    terms = [handshake["terms"] for handshake in handshakes]
     for name in terms[0]:
         values = [term[name] for term in terms]
         if any(value != values[0] for value in values):

@@ -43,6 +43,7 @@ from tokenferry.types import (
 def make_cpu_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> CpuBackend:
     """Connect to the other ranks and return a backend; collective."""
     terms: dict[str, object] = {
+        **resolved.terms,
         "shape": str(resolved.shape),
         "transport": resolved.transport,
         "on_timeout": "mask" if resolved.mask_on_timeout else "raise",

@@ -7,7 +7,7 @@ import torch
 from tokenferry.backends.base import CombineRequest
 from tokenferry.backends.cpu import routing as cpu_routing
 from tokenferry.backends.cpu.dispatch import LAYOUT_CODES
-from tokenferry.backends.cpu.exchange import Exchange, Kind, Signature
+from tokenferry.backends.cpu.exchange import PLAN_FIELD, Exchange, Kind, Signature
 from tokenferry.backends.cpu.payload import Payload
 from tokenferry.backends.cpu.route import Route
 from tokenferry.backends.tensors import may_write_to, without_autocast
@@ -54,5 +54,10 @@ def _payload(request: CombineRequest) -> Payload:
 
 def _signature(request: CombineRequest, payload: Payload) -> Signature:
     y, plan = request.y, request.plan
-    fields = {"layout": LAYOUT_CODES[plan.options.layout], "dtype": dtype_code(y.dtype), **payload.fields}
+    fields = {
+        PLAN_FIELD: plan._call_number,
+        "layout": LAYOUT_CODES[plan.options.layout],
+        "dtype": dtype_code(y.dtype),
+        **payload.fields,
+    }
     return Signature(Kind.combine, fields)

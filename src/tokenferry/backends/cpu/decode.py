@@ -20,7 +20,7 @@ from tokenferry.backends.cpu.allocator import Allocator
 from tokenferry.backends.cpu.decode_direct import DirectCombine, DirectDispatch
 from tokenferry.backends.cpu.decode_nodes import NodeCombine, NodeDispatch
 from tokenferry.backends.cpu.decode_rows import packed_ranges
-from tokenferry.backends.cpu.exchange import Exchange, Kind, Signature
+from tokenferry.backends.cpu.exchange import PLAN_FIELD, Exchange, Kind, Signature
 from tokenferry.backends.cpu.levels import Levels
 from tokenferry.backends.cpu.payload import Payload, ReceivedRows
 from tokenferry.backends.tensors import drop_ranks, without_autocast
@@ -144,7 +144,7 @@ class Decoder:
         if (plan.src_range == _NOT_RECEIVED).any():
             raise not_received()
         fields = {
-            "dispatch of the plan": plan._call_number,
+            PLAN_FIELD: plan._call_number,
             "fast": int(request.fast),
             "encoding": int(request.encoding),
             "dtype": dtype_code(request.y.dtype),
@@ -202,7 +202,7 @@ class Decoder:
             if done or under_way.aborted:
                 return
             deadline = Deadline(exchange.timeout_s)
-            with exchange.guard(phase):
+            with exchange.alone(phase), exchange.guard(phase):
                 exchange.catch_up(deadline)
                 try:
                     receive(deadline)

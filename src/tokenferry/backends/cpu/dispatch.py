@@ -12,7 +12,7 @@ from torch import Tensor
 from tokenferry.backends.base import DispatchRequest, RedispatchRequest
 from tokenferry.backends.cpu import routing as cpu_routing
 from tokenferry.backends.cpu.allocator import Allocator
-from tokenferry.backends.cpu.exchange import Exchange, Kind, Signature
+from tokenferry.backends.cpu.exchange import PLAN_FIELD, Exchange, Kind, Signature
 from tokenferry.backends.cpu.payload import Outgoing, Payload, ReceivedRows
 from tokenferry.backends.cpu.route import Route
 from tokenferry.backends.tensors import without_autocast
@@ -75,6 +75,7 @@ def dispatch(exchange: Exchange, route: Route, key: str, request: DispatchReques
             row_idx=arrangement.row_idx,
             expert_counts=arrangement.counts.int(),
             _places=arrived.relay,
+            _call_number=exchange.last_call,
         )
         unlimited = options.counts == "host" and options.layout is not Layout.MASKED
         fits = arrangement.needed <= space.given or unlimited
@@ -93,7 +94,8 @@ def redispatch(exchange: Exchange, route: Route, request: RedispatchRequest) -> 
     plan = request.plan
     payload = _payload(request.x, weights=request.topk_weights)
     rows = request.x.data if isinstance(request.x, Quantized) else request.x
-    signature = Signature(Kind.redispatch, {"dtype": dtype_code(rows.dtype), **payload.fields})
+    fields = {PLAN_FIELD: plan._call_number, "dtype": dtype_code(rows.dtype), **payload.fields}
+    signature = Signature(Kind.redispatch, fields)
     with route.redispatch(signature, payload, plan) as arrived:
         metadata = payload.gather_metadata(arrived.rows)
         return _deliver(plan, payload, arrived.rows, metadata, exchange.allocator)

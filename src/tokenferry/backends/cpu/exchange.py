@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,10 @@ class Kind(enum.IntEnum):
     decode_dispatch = 4
     decode_combine = 5
     capacity_check = 6
+
+
+PLAN_FIELD = "dispatch of the plan"
+"""The field of a signature that is the number of the call which made the plan; 0, equal to all others: not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +77,7 @@ class Signature:
             theirs = Kind(kind).name if kind in set(Kind) else f"kind {kind}"
             raise MismatchError(f"{start}: rank {src} called {theirs}; call the same on all ranks, in the same order")
         for (name, mine), other in zip(self.fields.items(), values, strict=False):
-            if mine != other:
+            if mine != other and not (name == PLAN_FIELD and 0 in (mine, other)):
                 show = _SHOW.get(name, str)
                 raise MismatchError(
                     f"{start}: {name} is {show(mine)} on rank {rank} and {show(other)} on rank {src}; "
@@ -140,6 +145,7 @@ class Exchange:
         self.broken: str | None = None
         self.allocator = Allocator()
         self._last_call = 0
+        self._thread: int | None = None  # the one that is in a call
         self._resync_due = False
         self._postponed: tuple[str, Callable[[Deadline], None]] | None = None
         self._forgotten: deque[CallId] = deque()
@@ -177,6 +183,11 @@ class Exchange:
             headers = [signature.header(count, outgoing.note, hooked=hooked) for count in counts]
             self.transport.post(call, headers, deadline or Deadline(self.timeout_s), skip)
             return Pending(self, call, signature, outgoing, skip=skip, copy_own=copy_own, hooked=hooked)
+
+    @property
+    def last_call(self) -> int:
+        """The number of the last exchange that was started; the same on all ranks in a call that all make."""
+        return self._last_call
 
     def forget(self, call: CallId) -> None:
         """Leave to the next call to finish one that nobody will receive. From any thread, at any time."""
@@ -246,16 +257,41 @@ class Exchange:
         Else an interrupt between two exchanges of a call, or behind the last one, would leave this rank a call behind
         its peers. Errors of ours have broken the group if they have to.
         """
-        self.catch_up()
-        before = self._last_call
+        outer, before = self._enter(phase), None
         try:
+            self.catch_up()
+            before = self._last_call
             yield
+            self._thread = (
+                outer  # here, not in a `finally` behind these handlers, where an interrupt would pass them by
+            )
         except TokenferryError:
+            self._thread = outer
             raise
         except BaseException as error:
-            if self._last_call != before:
+            self._thread = outer
+            if before not in (None, self._last_call):
                 self._fail(phase, error)
             raise
+
+    @contextlib.contextmanager
+    def alone(self, phase: str) -> Iterator[None]:
+        """Raise ArgumentError, and leave the group as it is, if another thread is in a call or a hook of the group."""
+        outer = self._enter(phase)
+        try:
+            yield
+        finally:
+            self._thread = outer
+
+    def _enter(self, phase: str) -> int | None:
+        outer, me = self._thread, threading.get_ident()
+        if outer not in (None, me):
+            raise ArgumentError(
+                f"{phase}: another thread is in a call of this group; make calls and hooks one at a time, in the same "
+                "order on all ranks"
+            )
+        self._thread = me
+        return outer
 
     def _fail(self, phase: str, error: BaseException) -> None:
         """Break the group, unless an inner block has; raise the error that says most, if that is not ``error``."""

@@ -244,6 +244,10 @@ class LazyPlan(Plan):
         return None
 
     @property
+    def _call_number(self) -> int:
+        return 0
+
+    @property
     def src_token(self) -> Tensor:
         """See `Plan.src_token`."""
         return self._received("src_token", (self._num_rows,), torch.int64)

@@ -68,8 +68,9 @@ def _survey(group: dist.ProcessGroup | None, resolved: Resolved) -> _Survey:
     """
     rank, _ = _rank_and_size(group)
     table = _table(group, resolved, _device())
-    handshake = describe(_device())
+    handshake = describe(_device()) | {"terms": resolved.terms}
     handshakes = table.exchange(handshake) if table else [handshake]
+    compare_terms(handshakes)
     topology = find_topology(rank, handshakes, resolved.ranks_per_node)
     reason = why_not(handshakes, rank, topology.nodes[topology.node])
     if topology.num_nodes == 1 and len({each["host"] for each in handshakes}) > 1:
@@ -160,7 +161,7 @@ def make_cuda_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Cu
         group_id = new_group_id(group) if group is not None and rank == 0 else 0
         process = asdict(Process.this())
         handshakes = table.exchange({"terms": terms, "key": key, "group_id": group_id, "process": process})
-        compare_terms([handshake["terms"] for handshake in handshakes])
+        compare_terms(handshakes)
         key, group_id = handshakes[0]["key"], handshakes[0]["group_id"]
         peers = Peers([Process(**handshakes[peer]["process"]) for peer in here])
     sizes = None

@@ -26,7 +26,7 @@ from tokenferry.compat.deep_ep.arguments import (
 from tokenferry.compat.deep_ep.handles import HandleBase
 from tokenferry.compat.deep_ep.streams import HoldsTensors
 from tokenferry.compat.deep_ep.views import Views
-from tokenferry.errors import ArgumentError, CapacityError, PlanError
+from tokenferry.errors import ArgumentError, CapacityError, MismatchError, PlanError
 from tokenferry.types import DispatchOptions, Plan, Quantized, Routing
 
 ANY_NUM_TOKENS = 2**31 - 1
@@ -181,7 +181,12 @@ def dispatch(
     most = _most_tokens(views, num_tokens, num_worst_tokens, call) if num_worst_tokens else ANY_NUM_TOKENS
     top_k = routing.topk_idx.shape[1]
     view = views.of(num_experts, top_k, hidden, most)
-    sent = view.dispatch(rows, routing, options=native, num_sms=options.num_sms)
+    try:
+        sent = view.dispatch(rows, routing, options=native, num_sms=options.num_sms)
+    except (CapacityError, MismatchError) as error:
+        if not num_worst_tokens:
+            raise
+        raise _in_words_of(call, num_worst_tokens, error) from None
     recv_idx, recv_weights = sent.topk_idx, sent.topk_weights
     if num_worst_tokens:
         _clear_tail(recv_idx, recv_weights, sent.plan.src_counts)
@@ -222,8 +227,9 @@ def combine(
         Checks(call, device).given("the handle", N=plan.num_delivered).tensor("x", x, "N H", None)
     biases = bias if isinstance(bias, tuple) else () if bias is None else (bias,)
     if not all(isinstance(one, Tensor) for one in biases) or (isinstance(bias, tuple) and len(bias) != 2):
+        given = f"a tuple of {len(bias)}" if isinstance(bias, tuple) else type(bias).__name__
         raise ArgumentError(
-            f"{call}: bias: expected None, a tensor [T, H] or a tuple of two, got {bias!r}; pass one of these"
+            f"{call}: bias: expected None, a tensor [T, H] or a tuple of two tensors, got {given}; pass one of these"
         )
     view = views.of(known.num_experts, known.top_k, x.shape[1], ANY_NUM_TOKENS)
     done = view.combine(x, plan, topk_weights=topk_weights, bias=biases or None, num_sms=num_sms)
@@ -330,17 +336,36 @@ def _most_tokens(views: Views, num_tokens: int, num_worst_tokens: int, call: str
     in time whether the rows fit. On a GPU the host would have to wait, which the argument exists to avoid.
 
     Raises:
-        CapacityError: on a GPU, ``num_worst_tokens`` is below R times T.
+        CapacityError: ``num_worst_tokens`` is below T, or on a GPU below R times T.
     """
-    if not views.on_gpu:
-        return num_worst_tokens
     R = views.group.num_ranks
+    if not views.on_gpu:
+        if num_tokens > num_worst_tokens:
+            raise CapacityError(
+                f"{call}: num_worst_tokens={num_worst_tokens}: expected at least the T={num_tokens} tokens of this "
+                "rank; pass R times the most tokens of any rank"
+            )
+        return num_worst_tokens
     if num_tokens * R > num_worst_tokens:
         raise CapacityError(
             f"{call}: num_worst_tokens={num_worst_tokens} holds {num_worst_tokens // R} tokens from each of {R} ranks, "
             f"got T={num_tokens}; pass at least R times the most of any rank"
         )
     return max(1, num_worst_tokens // R)
+
+
+def _in_words_of(call: str, num_worst_tokens: int, error: CapacityError | MismatchError) -> Exception:
+    """Return the error of a call whose capacity and M ``num_worst_tokens`` is: it names that."""
+    if isinstance(error, MismatchError):
+        return MismatchError(str(error).replace("max_tokens", "num_worst_tokens"))
+    _, capacity, found = str(error).partition("options.capacity: ")
+    if not capacity:  # the heap of a GPU is full
+        return error
+    found = found.partition(";")[0]
+    return CapacityError(
+        f"{call}: num_worst_tokens={num_worst_tokens} holds too few rows: {found}; pass R times the most tokens of any "
+        "rank"
+    )
 
 
 def _check_layout(views: Views, given: TokenLayout, num_tokens: int, call: str) -> int:
