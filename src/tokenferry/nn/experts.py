@@ -36,6 +36,7 @@ class SeededExperts(nn.Module):
         device = torch.get_default_device()
         device = device if device.type == "meta" else group.device
         dtype = torch.get_default_dtype() if dtype is None else dtype
+        self.drawn = tuple(sizes)
         for weight, (inner, outer) in sizes.items():
             empty = torch.empty(group.num_local_experts, inner, outer, dtype=dtype, device=device)
             self.register_parameter(weight, nn.Parameter(empty))
@@ -55,6 +56,13 @@ class SeededExperts(nn.Module):
             for weight in weights:
                 inner, outer = weight.shape[1:]
                 weight[i].copy_(normal(draws, inner, outer) * inner**-0.5)
+
+
+def seeded_names(experts: nn.Module) -> tuple[str, ...]:
+    """Return the parameters that `SeededExperts.reset_parameters` draws alike on all ranks that hold an expert."""
+    if isinstance(experts, SeededExperts) and type(experts).reset_parameters is SeededExperts.reset_parameters:
+        return experts.drawn
+    return ()
 
 
 class SwiGLUExperts(SeededExperts):

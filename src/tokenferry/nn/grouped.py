@@ -61,9 +61,15 @@ def by_expert(formula: Formula, rows: Tensor, offsets: Tensor, *weights: Tensor,
     """
     for i, weight in enumerate(weights):
         if weight.ndim != 3 or weight.shape[0] != offsets.shape[0] - 1:
+            advice = "stack one matrix for each expert"
+            if hasattr(weight, "to_local"):
+                advice = (
+                    "a MoELayer gives its experts their part of that in forward, but not what a checkpoint inside of "
+                    "them repeats in backward: checkpoint the layer, or use LayerOptions(checkpoint_experts=True)"
+                )
             raise ShapeError(
                 f"by_expert: weights[{i}]: expected [L, I, O] with L={offsets.shape[0] - 1} from the offsets, got "
-                f"{list(weight.shape)}; stack one matrix for each expert"
+                f"{list(weight.shape)}; {advice}"
             )
     if _have_grouped_product(rows, weights, fp8=fp8):
         ends = offsets[1:].to(torch.int32)

@@ -17,6 +17,7 @@ from tokenferry.nn.balance.placement import Placement
 from tokenferry.nn.balance.replicas import share_gradients
 from tokenferry.nn.balance.routing import PlacedRouter
 from tokenferry.nn.balance.sharers import remember
+from tokenferry.nn.expert_checks import check_experts, check_graph, check_wrappers, refuse_unequal
 from tokenferry.nn.experts import SeededExperts, SwiGLUExperts
 from tokenferry.nn.options import LayerOptions
 from tokenferry.nn.precision import NARROW, autocast_dtype
@@ -28,11 +29,6 @@ from tokenferry.types import Routing
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-_CHECKPOINTED = (
-    "MoELayer: experts: torch's checkpoint_wrapper would repeat them in backward without the parameters of this rank; "
-    "wrap the layer, or use LayerOptions(checkpoint_experts=True)"
-)
 
 
 class MoELayer(nn.Module):
@@ -84,12 +80,15 @@ class MoELayer(nn.Module):
         same_experts: Which ranks hold the same experts as this one, if `parallelize` was told: backward averages over
             them.
         told: Whether `parallelize` was told, be it that there are none.
+        unequal: Names of parameters of the experts that had no values when `parallelize` would have made them those of
+            the other ranks with the same experts: forward raises, unless it is without gradients.
 
     Raises:
         ConfigError: ``ffn_hidden`` or ``seed`` is out of range; not exactly one of ``ffn_hidden`` and ``experts`` is
-            given, or ``dtype`` with ``experts``; they are in torch's checkpoint_wrapper; a parameter of the experts has
-            another first dimension, is on another device than the group, has two names, or has hooks; or a `Router` has
-            other sizes than the group, or may choose experts on more nodes than its ``max_nodes``.
+            given, or ``dtype`` with ``experts``; they, or a part of them, are in torch's checkpoint_wrapper; a
+            parameter of the experts has another first dimension, is on another device than the group, has two names, or
+            has hooks; or a `Router` has other sizes than the group, or may choose experts on more nodes than its
+            ``max_nodes``.
 
     Example:
         >>> import torch, tokenferry
@@ -136,6 +135,7 @@ class MoELayer(nn.Module):
         self._sharded = False
         self.same_experts: SameExperts | None = None
         self.told = False
+        self.unequal = ""
         mesh = expert_mesh(group)
         if mesh is not None:
             self.place_experts(mesh)
@@ -157,6 +157,8 @@ class MoELayer(nn.Module):
             ShapeError: without autocast, the dtype is neither that of the experts nor a narrow one for float32 experts;
                 the shared module or the experts return other than a row for each row; or the router returns no weights.
                 And whatever `ExpertGroup.dispatch` raises.
+            ConfigError: parameters came after the layer was made, and `parallelize` has not seen them; they had no
+                values when it did; or backward would repeat a part of the experts.
         """
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         cast, parameters = self._cast(rows)
@@ -192,6 +194,8 @@ class MoELayer(nn.Module):
             found: Tensor = torch.func.functional_call(
                 self.experts, dict(zip(names, values, strict=True)), (rows, offsets)
             )
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                check_graph(found, [rows, *values])
             return found
 
         if not self.options.checkpoint_experts:
@@ -203,7 +207,8 @@ class MoELayer(nn.Module):
         """Return the rows, and this rank's part of the experts' parameters, as they compute: under autocast, cast."""
         num_ranks = self.group.num_ranks
         parts = self._local_experts()
-        if isinstance(self.router, PlacedRouter):
+        # A placement that nobody asks for can change without compiling again.
+        if torch.is_grad_enabled() and isinstance(self.router, PlacedRouter) and self.router.is_redundant:
             parts = share_gradients(self.group, self.router.placement, parts)
         parts = {name: averaged_gradient(part, num_ranks, self.same_experts) for name, part in parts.items()}
         dtypes = {part.dtype for part in parts.values()} & {*NARROW, torch.float32, torch.float64}
@@ -293,8 +298,9 @@ class MoELayer(nn.Module):
 
     def _local_experts(self) -> dict[str, Tensor]:
         """Return what this rank holds of the parameters of the experts."""
-        if "_checkpoint_wrapped_module" in self.experts._modules:
-            raise ConfigError(_CHECKPOINTED)
+        check_wrappers(self.experts)
+        if self.unequal and torch.is_grad_enabled():
+            refuse_unequal(self.unequal)
         weights: dict[str, Any] = dict(self.experts.named_parameters())
         if not self._sharded:
             return weights
@@ -373,32 +379,7 @@ def _experts(
         return SwiGLUExperts(group, ffn_hidden, seed=seed, dtype=dtype)
     if dtype is not None:
         raise ConfigError(f"MoELayer: dtype={dtype} is that of experts that the layer makes; cast yours with .to()")
-    if "_checkpoint_wrapped_module" in experts._modules:
-        raise ConfigError(_CHECKPOINTED)
-    saved, names = set(experts.state_dict()), dict[nn.Parameter, str]()
-    for name, parameter in experts.named_parameters(remove_duplicate=False):
-        saved.discard(name)
-        if names.setdefault(parameter, name) != name:
-            raise ConfigError(
-                f"MoELayer: experts: {names[parameter]} and {name} are one parameter; keep one of the names, and use "
-                "it twice in forward"
-            )
-        count = group.shape.num_experts if hasattr(parameter, "to_local") else group.num_local_experts
-        if parameter.ndim == 0 or parameter.shape[0] != count:
-            raise ConfigError(
-                f"MoELayer: experts: {name}: expected the L={count} experts of this rank as the first dimension, got "
-                f"{list(parameter.shape)}; stack their parameters"
-            )
-        if parameter.device.type not in ("meta", group.device.type):
-            raise ConfigError(
-                f"MoELayer: experts: {name}: expected a parameter on {group.device} like the group, got "
-                f"{parameter.device}; call .to()"
-            )
-    if saved:
-        raise ConfigError(
-            f"MoELayer: experts: expected no buffers in the state_dict, got {sorted(saved)}; of several ranks only "
-            "one's would be saved: make them parameters, or register them with persistent=False"
-        )
+    check_experts(group, experts)
     return experts
 
 

@@ -9,6 +9,8 @@ from torch import nn
 
 from tokenferry.errors import ConfigError
 from tokenferry.nn.balance.routing import PlacedRouter
+from tokenferry.nn.expert_checks import check_experts
+from tokenferry.nn.experts import seeded_names
 from tokenferry.nn.layer import MoELayer
 from tokenferry.nn.sharding import SameExperts, by_place, check_hooks
 
@@ -42,7 +44,11 @@ def parallelize(
     the experts of the first of them, as DistributedDataParallel does it with the rest. Replaces the parameters if
     ``mesh`` is another than theirs: call it before the optimizer is made, and before hooks are registered, on every
     rank. Gradients and attributes of parameters are kept, and parameters that are one stay one. What
-    DistributedDataParallel was told to ignore before stays ignored.
+    DistributedDataParallel was told to ignore before stays ignored. If it raises, nothing was changed.
+
+    It may be called again, also after the tool: then without ``replicate`` layers keep what they were told, and the
+    ranks get the same experts again. Experts on the meta device need that if they are not ours, which are drawn alike
+    on all ranks: call it again when they have values; forward raises without it.
 
     Args:
         model: A module with any number of `MoELayer`, which may be on the meta device.
@@ -53,27 +59,32 @@ def parallelize(
         replicate: The ranks that hold the same experts as this one, itself included, if the groups of the layers are
             smaller than the default process group, also if each rank has all experts; False: there are none, as where
             the others are other stages of a pipeline. Layers must not have a `PlacedRouter` then, whose placements
-            differ between groups.
+            differ between groups. Where layers of one model have groups of different sizes, first call this function
+            for each layer whose group is smaller, and then for the model, without ``replicate``.
 
     Returns:
         set[nn.Parameter]: ``expert_parameters`` of all layers whose groups have several ranks. Experts that are all on
         one rank are parameters like others, for the tools to copy or to shard.
 
     Raises:
-        ConfigError: the model has no `MoELayer`; ``mesh`` has more than one dimension, or other ranks or another device
-            type than the group of one of them; ``replicate`` is missing, has more than one dimension, leaves this rank
-            out, has other ranks of a layer's group, which hold other experts, or meets a `PlacedRouter`; or a parameter
-            that is to be replaced has hooks.
+        ConfigError: the model has no `MoELayer`; experts have become such that no layer could be made of them, e.g. by
+            a parameter without L as its first dimension; ``mesh`` has more than one dimension, or other ranks or
+            another device type than the group of one of them; ``replicate`` is missing, has more than one dimension,
+            leaves this rank out, has other ranks of a layer's group, which hold other experts, or meets a
+            `PlacedRouter`; or a parameter that is to be replaced has hooks.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
     if not layers:
         raise ConfigError("parallelize: model: expected a module with at least one MoELayer, found none")
     spread = {name: layer for name, layer in layers.items() if layer.group.num_ranks > 1}
-    same_experts = _same_experts(replicate)
+    given = _same_experts(replicate)
     for name, layer in layers.items():
-        _check_told(name, layer, told=replicate is not None)
+        _check_told(name, layer, told=replicate is not None or layer.told)
+        same_experts = layer.same_experts if replicate is None else given
         if same_experts is not None:
             _check_same(same_experts, name, layer)
+    for layer in spread.values():
+        check_experts(layer.group, layer.experts)
     if mesh is not None:
         for name, layer in spread.items():
             _check_mesh(mesh, name, layer)
@@ -81,13 +92,12 @@ def parallelize(
         known: dict[nn.Parameter, nn.Parameter] = {}
         for layer in spread.values():
             layer.place_experts(mesh, known)
-    for layer in layers.values():
-        layer.same_experts, layer.told = same_experts, replicate is not None
+    if replicate is not None:
+        for layer in layers.values():
+            layer.same_experts, layer.told = given, True
     experts = {parameter for layer in spread.values() for parameter in layer.expert_parameters()}
-    if same_experts is not None:
-        for layer in spread.values():
-            for parameter in layer.expert_parameters():
-                same_experts.share(parameter)
+    for layer in spread.values():
+        layer.unequal = ", ".join(_share(layer))
     # It asks by both kinds of names, which differ where torch's wrappers are.
     names = {
         name
@@ -99,6 +109,19 @@ def parallelize(
     ignore = nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
     ignore(model, sorted(names))  # type: ignore[no-untyped-call]
     return experts
+
+
+def _share(layer: MoELayer) -> list[str]:
+    """Make the experts of ranks that hold the same ones equal; return those that have no values to share yet.
+
+    Ours are left out, which are drawn from one seed on all ranks when they get values.
+    """
+    if layer.same_experts is None:
+        return []
+    for parameter in layer.expert_parameters():
+        layer.same_experts.share(parameter)
+    drawn = seeded_names(layer.experts)
+    return [name for name, value in layer.experts.named_parameters() if value.is_meta and name not in drawn]
 
 
 def _check_told(name: str, layer: MoELayer, *, told: bool) -> None:
@@ -145,7 +168,9 @@ def _check_same(same_experts: SameExperts, name: str, layer: MoELayer) -> None:
     if set(told) & set(group) != {dist.get_rank()}:
         raise ConfigError(
             f"parallelize: replicate: expected this rank and others outside of the group of {name or 'model'!r}, which "
-            f"hold the same experts, got {told}; the ranks of the group, {group}, hold different ones"
+            f"hold the same experts, got {told}; the ranks of the group, {group}, hold different ones. If other layers "
+            "have smaller groups, call parallelize(layer, replicate=) for each of those, then parallelize(model) "
+            "without it"
         )
 
 

@@ -52,7 +52,7 @@ class SameExperts:
         return self.group.size()
 
     def share(self, parameter: nn.Parameter) -> None:
-        """Give a parameter of these ranks the values that it has on the first of them. Collective."""
+        """Give a parameter of these ranks the values that it has on the first of them, if it has some. Collective."""
         part = local_part(parameter).detach()
         if not part.is_meta:
             values = part.contiguous()
@@ -107,12 +107,25 @@ def shard_parameters(
             if getattr(old, "device_mesh", None) == mesh:
                 continue
             if old not in known:
-                new = nn.Parameter(sharded(local_part(old).detach(), mesh), requires_grad=old.requires_grad)
-                if old.grad is not None:
-                    new.grad = sharded(local_part(old.grad), mesh)
-                new.__dict__.update(old.__dict__)  # attributes that somebody has given it
-                known[old] = new
+                known[old] = _sharded_parameter(old, mesh)
             setattr(part, name, known[old])
+
+
+def _sharded_parameter(old: nn.Parameter, mesh: DeviceMesh) -> nn.Parameter:
+    """Return a parameter of all experts with what the old one, this rank's part of it, has. Local."""
+    new = nn.Parameter(sharded(local_part(old).detach(), mesh), requires_grad=old.requires_grad)
+    if _gradient_dtype(old) != old.dtype:
+        new.grad_dtype = _gradient_dtype(old)
+    if old.grad is not None:
+        new.grad = sharded(local_part(old.grad), mesh)
+    new.__dict__.update(old.__dict__)  # attributes that somebody has given it
+    return new
+
+
+def _gradient_dtype(parameter: Tensor) -> torch.dtype | None:
+    """Return the dtype in which a parameter keeps its gradient: its own, unless somebody asked for another."""
+    dtype: torch.dtype | None = getattr(parameter, "grad_dtype", parameter.dtype)  # of torch from 2.10 on
+    return dtype
 
 
 def local_part(parameter: Tensor) -> Tensor:
@@ -124,8 +137,10 @@ def local_part(parameter: Tensor) -> Tensor:
 def local_with_gradient(parameter: nn.Parameter) -> Tensor:
     """Return what this rank holds of a parameter, with its gradient: the same memory."""
     assert parameter.grad is not None
-    part = local_part(parameter).detach()
-    part.grad = local_part(parameter.grad)
+    part, grad = local_part(parameter).detach(), local_part(parameter.grad)
+    if grad.dtype != part.dtype:
+        part.grad_dtype = grad.dtype
+    part.grad = grad
     return part
 
 

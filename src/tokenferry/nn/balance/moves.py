@@ -46,7 +46,9 @@ def rebalance(layer: MoELayer, placement: Placement, *, optimizer: torch.optim.O
     """Move the experts of a layer into the slots of another placement, and send tokens there from now on.
 
     Contract:
-        Collective, over the process group of the group, whose timeout applies; between two steps. Waits for the device.
+        Collective, over the process group of the group, whose timeout applies; between two steps, not between a forward
+            and its backward, which then raises torch's error, or is wrong if forward has cast the experts. Waits for
+            the device.
         In place: parameters stay the same objects, so optimizers, FSDP2 and CUDA graphs go on with them. Experts that
             stay in their slot are not touched; others cost their bytes on the way, and memory for those of one
             parameter at a time.
@@ -76,7 +78,8 @@ def rebalance(layer: MoELayer, placement: Placement, *, optimizer: torch.optim.O
     try:
         check_sharers(layer)
         for name, parameter in layer.experts.named_parameters():
-            tensors.append(parameter.detach())
+            # Not the part of a detached DTensor, whose version is another: backward of an earlier forward has to raise.
+            tensors.append(local_part(parameter).detach())
             if parameter.grad is not None:
                 tensors.append(parameter.grad)
             if optimizer is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from tokenferry.api import ExpertGroup
 from tokenferry.errors import ConfigError, ShapeError
 from tokenferry.nn.balance.placement import Placement
 from tokenferry.types import Routing
+
+_NUMBERS = 2
+"""Of each row of a table, before the slots of its expert: how many there are, and where a rank begins."""
 
 
 class ReplicaMap:
@@ -51,16 +55,20 @@ class ReplicaMap:
         self._num_slots = group.shape.num_experts
         self._num_ranks = group.num_ranks
         self._rank = group.rank
-        self._node = group.topology.node
-        self._nodes = nodes if nearest and len(nodes) > 1 else (tuple(range(group.num_ranks)),)
+        # Of this rank's node, if it prefers them.
+        self._near = list(nodes[group.topology.node]) if nearest and len(nodes) > 1 else []
         _check(placement, self._num_slots, self._num_ranks)
         num_experts, device = placement.num_experts, group.device
         with torch.inference_mode(False):  # else `place` could not change them elsewhere
             # As wide as the table of any placement with these sizes: CUDA graphs keep its address.
-            sizes = (num_experts, self._num_slots - num_experts + 1)
+            sizes = (num_experts, _NUMBERS + self._num_slots - num_experts + 1)
             self._table = torch.empty(sizes, dtype=torch.int64, device=device)
-            self._counts, self._first = (torch.empty(num_experts, dtype=torch.int64, device=device) for _ in range(2))
         self.place(placement)
+
+    @property
+    def is_redundant(self) -> bool:
+        """Whether there are more slots than experts."""
+        return self._num_slots > self._table.shape[0]
 
     def place(self, placement: Placement) -> None:
         """Use another placement of as many experts from now on.
@@ -71,32 +79,9 @@ class ReplicaMap:
             ConfigError: the placement does not fit the group, or has another number of experts.
         """
         _check(placement, self._num_slots, self._num_ranks)
-        num_experts, widest = self._table.shape
-        if placement.num_experts != num_experts:
-            raise ConfigError(
-                f"ReplicaMap: placement: expected {num_experts} logical experts like before, got "
-                f"{placement.num_experts}; make a new map"
-            )
-        tables, counts, first = [], [], []
-        for slots in placement.logical_to_physical.tolist():
-            all_slots = [slot for slot in slots if slot >= 0]
-            near, position = self._near(all_slots)
-            tables.append(near + [0] * (widest - len(near)))
-            counts.append(len(near))
-            first.append(position)
         with torch.no_grad():
-            for tensor, values in ((self._table, tables), (self._counts, counts), (self._first, first)):
-                tensor.copy_(torch.tensor(values, dtype=torch.int64, device="cpu"))
+            self._table.copy_(_table_of(placement, self._table.shape, self._near, self._rank))
         self.placement = placement
-
-    def _near(self, slots: list[int]) -> tuple[list[int], int]:
-        """Return the slots that this rank sends to, and its place among the ranks that send to the same."""
-        if len(self._nodes) > 1:
-            width, here = self._num_slots // self._num_ranks, self._nodes[self._node]
-            near = [slot for slot in slots if slot // width in here]
-            if near:
-                return near, here.index(self._rank)
-        return slots, self._rank
 
     def __call__(self, routing: Routing) -> Routing:
         """Return a routing with the physical experts of one with logical experts; -1 stays -1.
@@ -106,7 +91,18 @@ class ReplicaMap:
         Raises:
             ShapeError: ``topk_idx`` is not an integer ``[T, K]`` tensor on the device of the group.
         """
-        idx, table = routing.topk_idx, self._table
+        return self._to_slots(routing, self._table)
+
+    def follow(self, slots: Tensor, placed: Tensor) -> Callable[[Routing], Routing]:
+        """Return the map of the placement ``slots``, which is that of this map if they are ``placed``.
+
+        Local. For compiled code, which cannot decide by values; it goes on when `place` changes them.
+        """
+        table = _followed(slots, placed, self._table, self._near, self._rank, self._num_ranks)
+        return partial(self._to_slots, table=table)
+
+    def _to_slots(self, routing: Routing, table: Tensor) -> Routing:
+        idx = routing.topk_idx
         if idx.ndim != 2 or idx.is_floating_point() or idx.device != table.device:
             raise ShapeError(
                 f"ReplicaMap: topk_idx: expected integers [T, K] on {table.device}, got {idx.dtype} {list(idx.shape)} "
@@ -115,7 +111,7 @@ class ReplicaMap:
         num_experts = table.shape[0]
         expert = idx.clamp(0, num_experts - 1).long()
         token = torch.arange(idx.shape[0], dtype=torch.int64, device=idx.device)[:, None]
-        slot = table[expert, (token + self._first[expert]) % self._counts[expert]].to(idx.dtype)
+        slot = table[expert, _NUMBERS + (token + table[expert, 1]) % table[expert, 0]].to(idx.dtype)
         slot = torch.where(idx < 0, idx, slot)
         return Routing(torch.where(idx < num_experts, slot, idx + self._num_slots), routing.topk_weights)
 
@@ -126,6 +122,8 @@ class PlacedRouter(nn.Module):
     Contract:
         As the router that it wraps. `MoELayer` adds up the gradients of replicas in backward; programs that multiply by
             themselves have to do so, too. Norms of torch count each replica: clip with `tokenferry.nn.clip_grad_norm_`.
+        torch.compile: with ``fullgraph=True``, in inference, and in training without replicas and without a bias of the
+            router; one graph for all placements.
         The state dict holds ``physical_to_logical``, since experts are saved in the order of their slots. Loading it
             places them, also in place, as ``torch.distributed.checkpoint.load`` does it; on any number of ranks.
 
@@ -166,7 +164,13 @@ class PlacedRouter(nn.Module):
         with torch.inference_mode(False):  # else it would have no version
             # What state dicts hold. No buffer, which DDP, FSDP2 or `to_empty` would overwrite, move or cast.
             self._slots = placement.physical_to_logical.clone()
+            self._placed = self._slots.clone()  # those that the map has
         self._version = self._slots._version
+
+    @property
+    def is_redundant(self) -> bool:
+        """Whether an expert has several replicas, as it has with every placement of these sizes."""
+        return self._map.is_redundant
 
     @property
     def placement(self) -> Placement:
@@ -186,18 +190,21 @@ class PlacedRouter(nn.Module):
         """
         self._map.place(placement)
         with torch.no_grad():
-            self._slots.copy_(placement.physical_to_logical)
+            for slots in (self._slots, self._placed):
+                slots.copy_(placement.physical_to_logical)
         self._version = self._slots._version
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Become a copy, whose tensor has another version than the original's; and follow what that has not seen."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         with torch.inference_mode(False):
-            self._slots = self._slots.clone()
+            self._slots, self._placed = self._slots.clone(), self._placed.clone()
         self.place(Placement.of(self._slots, self._map.placement.num_ranks))
 
     def forward(self, x: Tensor) -> Routing:
         """Route ``x`` ``[T, H]`` to slots."""
+        if torch.compiler.is_compiling():
+            return self._map.follow(self._slots, self._placed)(self.router(x))
         self._follow_state()
         return self._map(self.router(x))
 
@@ -213,6 +220,51 @@ class PlacedRouter(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         """Use the placement of a state dict."""
         self.place(Placement.of(state, self.placement.num_ranks))
+
+
+def _table_of(placement: Placement, sizes: torch.Size, near: list[int], rank: int) -> Tensor:
+    """Return by expert the number of slots that a rank sends to, its place among the ranks that do so, and the slots.
+
+    Args:
+        placement: Where the experts are.
+        sizes: Those of the table.
+        near: Ranks whose slots are preferred.
+        rank: The rank.
+
+    Raises:
+        ConfigError: the placement has another number of experts than the table.
+    """
+    num_experts, width = sizes
+    if placement.num_experts != num_experts:
+        raise ConfigError(
+            f"ReplicaMap: placement: expected {num_experts} logical experts like before, got "
+            f"{placement.num_experts}; make a new map"
+        )
+    rows, slots_per_rank = [], placement.num_slots // placement.num_ranks
+    for slots in placement.logical_to_physical.tolist():
+        chosen = [slot for slot in slots if slot >= 0]
+        preferred = [slot for slot in chosen if slot // slots_per_rank in near]
+        position = near.index(rank) if preferred else rank
+        chosen = preferred or chosen
+        rows.append([len(chosen), position, *chosen, *[0] * (width - _NUMBERS - len(chosen))])
+    return torch.tensor(rows, dtype=torch.int64, device="cpu")
+
+
+@torch.library.custom_op(
+    "tokenferry::followed_placement",
+    mutates_args=(),
+    schema="(Tensor slots, Tensor placed, Tensor table, int[] near, int rank, int num_ranks) -> Tensor",
+)
+def _followed(slots: Tensor, placed: Tensor, table: Tensor, near: list[int], rank: int, num_ranks: int) -> Tensor:
+    """Return the table of the placement ``slots``: a copy of ``table``, which is that of ``placed``, or another."""
+    if torch.equal(slots, placed):
+        return table.clone()
+    return _table_of(Placement.of(slots, num_ranks), table.shape, near, rank).to(table.device)
+
+
+@_followed.register_fake
+def _followed_fake(slots: Tensor, placed: Tensor, table: Tensor, near: list[int], rank: int, num_ranks: int) -> Tensor:
+    return torch.empty_like(table)
 
 
 def _check(placement: Placement, num_slots: int, num_ranks: int) -> None:

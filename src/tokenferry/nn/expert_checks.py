@@ -1,0 +1,88 @@
+"""What a layer asks of its experts, whoever has made them, and whenever their parameters came."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tokenferry.api import ExpertGroup
+from tokenferry.errors import ConfigError
+
+CHECKPOINTED = (
+    "MoELayer: experts: torch's {what} would repeat them in backward without the parameters of this rank; wrap the "
+    "layer, or use LayerOptions(checkpoint_experts=True)"
+)
+_REENTRANT = "CheckpointFunctionBackward"
+"""The node of a checkpoint with ``use_reentrant=True``, of torch and of libraries that have copied it."""
+
+
+def check_wrappers(experts: nn.Module) -> None:
+    """Raise ConfigError if torch repeats the experts, or a part of them, in backward. Local."""
+    if any("_checkpoint_wrapped_module" in part._modules for part in experts.modules()):
+        raise ConfigError(CHECKPOINTED.format(what="checkpoint_wrapper"))
+
+
+def check_graph(result: Tensor, leaves: list[Tensor]) -> None:
+    """Raise ConfigError if backward of what experts have returned would repeat a part of them. Local.
+
+    A checkpoint with ``use_reentrant=True`` would find their parameters as they are in the layer, and replicas would
+    get different gradients without a word.
+
+    Args:
+        result: What the experts returned.
+        leaves: What they got, where their part of the graph ends.
+    """
+    seen = {leaf.grad_fn for leaf in leaves} | {None}
+    waiting = [result.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == _REENTRANT:
+            raise ConfigError(CHECKPOINTED.format(what="checkpoint(use_reentrant=True)"))
+        seen.add(node)
+        waiting += [before for before, _ in node.next_functions]
+
+
+# torch 2.11 cannot compile what raises our errors.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def refuse_unequal(names: str) -> None:
+    """Raise ConfigError, since these parameters may differ between ranks that hold the same experts."""
+    raise ConfigError(
+        f"MoELayer: experts: {names} had no values when parallelize was told which ranks hold the same experts, and "
+        "may differ between them; call parallelize(model) again, now that there are some"
+    )
+
+
+def check_experts(group: ExpertGroup, experts: nn.Module) -> None:
+    """Raise ConfigError if a rank could not hold its own part of these experts, or could not save it. Local.
+
+    Args:
+        group: The group of the layer.
+        experts: Modules whose parameters are DTensors of all experts, or this rank's part of them.
+    """
+    check_wrappers(experts)
+    saved, names = set(experts.state_dict()), dict[nn.Parameter, str]()
+    for name, parameter in experts.named_parameters(remove_duplicate=False):
+        saved.discard(name)
+        if names.setdefault(parameter, name) != name:
+            raise ConfigError(
+                f"MoELayer: experts: {names[parameter]} and {name} are one parameter; keep one of the names, and use "
+                "it twice in forward"
+            )
+        count = group.shape.num_experts if hasattr(parameter, "to_local") else group.num_local_experts
+        if parameter.ndim == 0 or parameter.shape[0] != count:
+            raise ConfigError(
+                f"MoELayer: experts: {name}: expected the L={count} experts of this rank as the first dimension, got "
+                f"{list(parameter.shape)}; stack their parameters"
+            )
+        if parameter.device.type not in ("meta", group.device.type):
+            raise ConfigError(
+                f"MoELayer: experts: {name}: expected a parameter on {group.device} like the group, got "
+                f"{parameter.device}; call .to()"
+            )
+    if saved:
+        raise ConfigError(
+            f"MoELayer: experts: expected no buffers in the state_dict, got {sorted(saved)}; of several ranks only "
+            "one's would be saved: make them parameters, or register them with persistent=False"
+        )
