@@ -55,6 +55,13 @@ def test_brings_no_other_package(imported):
     assert packages <= {"tokenferry", *sys.stdlib_module_names}
 
 
+def test_layers_import_neither_the_compiler_nor_dtensors():
+    """Each takes the better part of a second."""
+    program = "import sys, tokenferry.nn; print({'torch._dynamo', 'torch.distributed.tensor'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=240)
+    assert done.stdout == "set()\n"
+
+
 @pytest.mark.parametrize("package", ["autograd", "nn", "compat", "testing", "bench", "cli"])
 def test_does_not_import_what_lies_above_the_api(imported, package):
     assert not [name for name in imported["new"] if name.startswith(f"tokenferry.{package}")]

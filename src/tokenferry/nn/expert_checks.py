@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from tokenferry.api import ExpertGroup
@@ -44,14 +43,25 @@ def check_graph(result: Tensor, leaves: list[Tensor]) -> None:
         waiting += [before for before, _ in node.next_functions]
 
 
-# torch 2.11 cannot compile what raises our errors.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def refuse_unequal(names: str) -> None:
     """Raise ConfigError, since these parameters may differ between ranks that hold the same experts."""
     raise ConfigError(
         f"MoELayer: experts: {names} had no values when parallelize was told which ranks hold the same experts, and "
         "may differ between them; call parallelize(model) again, now that there are some"
     )
+
+
+def refuse_late(name: str) -> None:
+    """Raise ConfigError, since a parameter came when the others had become DTensors."""
+    raise ConfigError(
+        f"MoELayer: experts: {name} is no DTensor as the others are, since it came after the layer was made; register "
+        "it before that, or call parallelize(model, mesh) afterwards"
+    )
+
+
+# Torch 2.11 cannot compile what raises our errors. `torch.compiler.disable` does this, and imports the compiler.
+refuse_unequal._torchdynamo_disable = True  # type: ignore[attr-defined]
+refuse_late._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 def check_experts(group: ExpertGroup, experts: nn.Module) -> None:

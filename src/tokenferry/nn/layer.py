@@ -17,13 +17,13 @@ from tokenferry.nn.balance.placement import Placement
 from tokenferry.nn.balance.replicas import share_gradients
 from tokenferry.nn.balance.routing import PlacedRouter
 from tokenferry.nn.balance.sharers import remember
-from tokenferry.nn.expert_checks import check_experts, check_graph, check_wrappers, refuse_unequal
+from tokenferry.nn.expert_checks import check_experts, check_graph, check_wrappers, refuse_late, refuse_unequal
 from tokenferry.nn.experts import SeededExperts, SwiGLUExperts
 from tokenferry.nn.options import LayerOptions
 from tokenferry.nn.precision import NARROW, autocast_dtype
 from tokenferry.nn.recomputing import recomputing
 from tokenferry.nn.router import GroupLimit, Router
-from tokenferry.nn.sharding import SameExperts, averaged_gradient, expert_mesh, shard_parameters
+from tokenferry.nn.sharding import SameExperts, averaged_gradient, expert_mesh, not_sharded, shard_parameters
 from tokenferry.topology import most_nodes
 from tokenferry.types import Routing
 
@@ -304,13 +304,9 @@ class MoELayer(nn.Module):
         weights: dict[str, Any] = dict(self.experts.named_parameters())
         if not self._sharded:
             return weights
-        if not torch.compiler.is_compiling():  # which finds no attribute `to_local` of a parameter
-            for name, weight in weights.items():
-                if not hasattr(weight, "to_local"):
-                    raise ConfigError(
-                        f"MoELayer: experts: {name} is no DTensor as the others are, since it came after the layer was "
-                        "made; register it before that, or call parallelize(model, mesh) afterwards"
-                    )
+        late = not_sharded(weights)
+        if late:
+            refuse_late(late[0])
         return {name: trained_part(weight) for name, weight in weights.items()}
 
     def expert_parameters(self) -> list[nn.Parameter]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -126,6 +127,13 @@ def _gradient_dtype(parameter: Tensor) -> torch.dtype | None:
     """Return the dtype in which a parameter keeps its gradient: its own, unless somebody asked for another."""
     dtype: torch.dtype | None = getattr(parameter, "grad_dtype", parameter.dtype)  # of torch from 2.10 on
     return dtype
+
+
+def not_sharded(parameters: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of those that are no DTensors."""
+    from torch.distributed.tensor import DTensor
+
+    return [name for name, parameter in parameters.items() if not isinstance(parameter, DTensor)]
 
 
 def local_part(parameter: Tensor) -> Tensor:
