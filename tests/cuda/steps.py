@@ -10,7 +10,9 @@ Exit status: 0 if every step that was asked for has passed; 1 if one failed or w
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -91,25 +93,31 @@ def run(step: Step, log: Path, limit_s: float) -> tuple[bool, str, float]:
     paths = f"{ROOT / 'src'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rstrip(os.pathsep)
     env = os.environ | step.env | {"PYTHONPATH": paths}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *step.tests]
-    start = time.monotonic()
-    with (
-        log.open("w") as output,
-        subprocess.Popen(
+    start, status = time.monotonic(), None
+    with log.open("w") as output:
+        process = subprocess.Popen(
             command, cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        ) as process,
-    ):
+        )
         try:
             status = process.wait(limit_s)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGINT)
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(ENDING_S)
-            except subprocess.TimeoutExpired:
+        finally:
+            # Ranks that outlive pytest would keep the GPU from the next step.
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            return False, f"stopped after {limit_s:.0f} s", time.monotonic() - start
-    lines = log.read_text(errors="replace").split("\n")
-    said = [line for line in lines if " in " in line and any(word in line for word in ("passed", "failed", "error"))]
-    return status == 0, (said or lines)[-1], time.monotonic() - start
+            process.wait()
+    took = time.monotonic() - start
+    if status is None:
+        return False, f"stopped after {limit_s:.0f} s", took
+    said = [line.strip("= ") for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    result = next(
+        (line for line in reversed(said) if re.search(r"\d+ (passed|failed|error|skipped|deselected)", line)), ""
+    )
+    # Where everything was skipped nothing has been shown.
+    return status == 0 and " passed" in result, result or (said or ["it said nothing"])[-1], took
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
@@ -147,7 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{rows[-1][0]}: {rows[-1][2]}", flush=True)
     print("\nstep | passed | seconds | pytest")
     for name, passed, said, seconds in rows:
-        print(f"{name} | {'yes' if passed else 'NO'} | {seconds:.0f} | {said.strip('= ')}")
+        print(f"{name} | {'yes' if passed else 'NO'} | {seconds:.0f} | {said}")
     return 0 if rows and all(passed for _, passed, _, _ in rows) else 1
 
 

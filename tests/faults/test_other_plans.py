@@ -51,5 +51,7 @@ def follow_copies(rank, pg) -> None:
         group.dispatch(x, Routing(torch.zeros(4, 1, dtype=torch.int64)))
         plan = (sent := group.dispatch(x, Routing(torch.tensor([[3], [1], [0], [1]])))).plan
         through_ops = plan_of(tensors_of(plan), plan.group_key, plan.options, plan.num_tokens, plan.num_delivered)
+        assert through_ops._call_number == 0
+        assert {each._call_number for each in (plan, copy.copy(plan), pickle.loads(pickle.dumps(plan)))} == {2}
         for other in (copy.copy(plan), pickle.loads(pickle.dumps(plan)), through_ops):
             assert torch.equal(group.combine(sent.x, other if rank else plan).x, x)

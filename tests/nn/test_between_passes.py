@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper, offload_wrapper
 from torch.utils.checkpoint import checkpoint
 
 import tokenferry
@@ -117,3 +117,40 @@ def test_what_was_checkpointed_before_the_experts_is_none_of_theirs():
         x = checkpoint(before, torch.randn(9, 16).requires_grad_(), use_reentrant=True)
         layer(x).sum().backward()
         assert before.weight.grad.any()
+
+
+class Alike(nn.Module):
+    """Experts that repeat what needs no parameter of theirs, or gets it as an argument."""
+
+    def __init__(self, num_local: int, how: str) -> None:
+        super().__init__()
+        self.w, self.how = nn.Parameter(torch.ones(num_local, 16, 16) / 16), how
+
+    def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        def product(rows: Tensor, w: Tensor) -> Tensor:
+            return by_expert(lambda product, rows, w: product(rows, w), rows, offsets, w)
+
+        if self.how == "with arguments":
+            return checkpoint(product, rows, self.w, use_reentrant=True).tanh()
+        out = product(rows, self.w)
+        return checkpoint(torch.tanh, out, use_reentrant=True) if self.how == "activation" else out.tanh()
+
+
+@pytest.mark.parametrize("how", ["with arguments", "activation"])
+def test_what_repeats_no_parameters_is_right(how):
+    with tokenferry.ExpertGroup(None, MoeShape(4, 2, 16, max_tokens=32), backend="cpu") as group:
+        x, grads = torch.randn(9, 16), []
+        for way in (how, "once"):
+            layer = MoELayer(group, experts=Alike(4, way))
+            layer(x.clone().requires_grad_()).square().sum().backward()
+            grads.append(layer.experts.w.grad)
+        assert grads[0].any()
+        assert torch.equal(*grads)
+
+
+def test_offloaded_experts_are_no_checkpoint():
+    with tokenferry.ExpertGroup(None, MoeShape(4, 2, 16, max_tokens=32), backend="cpu") as group:
+        layer = MoELayer(group, experts=Repeated(4, "not at all"))
+        layer.experts.inner = offload_wrapper(layer.experts.inner)
+        layer(torch.randn(9, 16)).sum().backward()
+        assert all(parameter.grad.any() for parameter in layer.experts.parameters())

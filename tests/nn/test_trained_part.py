@@ -35,10 +35,14 @@ def taken(rank: int, pg: dist.ProcessGroup) -> None:
         for part in (local_parts._TrainedPart.apply(gate), gate.to_local()):
             assert part.requires_grad
             assert part.data_ptr() == gate._local_tensor.data_ptr()
-            (grad,) = torch.autograd.grad(part.square().sum(), gate)
+            (grad,) = torch.autograd.grad(part.square().sum(), gate, retain_graph=True)
             assert (grad.shape, grad.stride(), grad.placements) == (gate.shape, gate.stride(), gate.placements)
             assert grad.device_mesh == gate.device_mesh
             assert torch.equal(grad.to_local(), 2 * gate.to_local())
+            # As a product with a transposed weight gives it: strides say how it lies, or nobody makes it contiguous.
+            transposed = torch.ones_like(part).transpose(1, 2).contiguous().transpose(1, 2)
+            (grad,) = torch.autograd.grad(part, gate, transposed)
+            assert grad.stride()[1:] == grad.to_local().stride()[1:]
         assert not gate._local_tensor.requires_grad, "the parameter would hold its own graph, and never be freed"
 
 
@@ -51,8 +55,13 @@ def taken_of_rows(rank: int, pg: dist.ProcessGroup) -> None:
         whole = DTensor.from_local(rows, mesh, [placement], run_check=False, **shape).requires_grad_()
         grads = []
         for part in (local_parts._TrainedPart.apply(whole), whole.to_local()):
-            (grad,) = torch.autograd.grad(part.square().sum(), whole)
+            (grad,) = torch.autograd.grad(part.square().sum(), whole, retain_graph=True)
             grads.append((grad.shape, grad.stride(), grad.placements, grad.to_local().tolist()))
+            transposed = torch.ones(part.shape[::-1], dtype=part.dtype, device="cpu").T
+            (grad,) = torch.autograd.grad(part, whole, transposed)
+            if not placement.is_shard():  # torch's own keeps strides that are not those of all ranks
+                grads[-1] += (grad.stride(), grad.to_local().stride())
+            assert grad.shape == whole.shape
         assert grads[0] == grads[1]
         assert grads[0][3] == (2 * rows).tolist()
 

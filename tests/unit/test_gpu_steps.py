@@ -25,20 +25,25 @@ def test_what_steps_run_exists(steps):
 
 
 def test_steps_that_do_not_pass_are_told(steps, monkeypatch, tmp_path, capsys):
+    script, child = tmp_path / "rank.sh", tmp_path / "child"
+    script.write_text(f"trap : INT; echo $$ > {child}; while true; do sleep 300; done")
     bodies = {
         "good": "assert os.environ['TEST_STEP'] == '1'",
         "bad": "assert not os.environ['TEST_STEP']",
         "hangs": "signal.signal(signal.SIGINT, signal.SIG_IGN)\n    time.sleep(300)",
+        "skips": "pytest.skip('no GPU')",
+        "ends": "os._exit(3)",
+        "leaves": f"subprocess.Popen(['sh', {str(script)!r}])\n    time.sleep(300)",
     }
     made = {}
     for name, body in bodies.items():
         file = tmp_path / f"test_{name}.py"
-        file.write_text(f"import os, signal, time\ndef test():\n    {body}\n")
-        made[name] = steps.Step((str(file),), 3.0 if name == "hangs" else 100.0, 0, {"TEST_STEP": "1"})
-    monkeypatch.setattr(steps, "ENDING_S", 0.1)
+        file.write_text(f"import os, pytest, signal, subprocess, time\ndef test():\n    {body}\n")
+        made[name] = steps.Step((str(file),), 3.0 if name in ("hangs", "leaves") else 100.0, 0, {"TEST_STEP": "1"})
+    monkeypatch.setattr(steps, "ENDING_S", 2.0)
     monkeypatch.setattr(steps, "STEPS", made | {"large": steps.Step(("tests",), 100.0, 99)})
     run = ["--out", str(tmp_path / "logs")]
-    assert steps.main(["good", "bad", "hangs", "large", *run]) == 1
+    assert steps.main([*made, "large", *run]) == 1
     table = dict(line.split(" | ", 1) for line in capsys.readouterr().out.split("\n\n")[-1].splitlines()[1:])
     assert table["good"].startswith("yes | ")
     assert "1 passed" in table["good"]
@@ -46,6 +51,13 @@ def test_steps_that_do_not_pass_are_told(steps, monkeypatch, tmp_path, capsys):
     assert table["bad"].startswith("NO | ")
     assert table["hangs"].endswith("stopped after 3 s")
     assert "needs 99 GPUs" in table["large"]
+    assert table["skips"].startswith("NO | ")
+    assert "1 skipped" in table["skips"]
+    assert table["ends"].startswith("NO | ")
+    assert not table["ends"].endswith("| ")
+    assert table["leaves"].startswith("NO | ")
+    left = Path(f"/proc/{child.read_text().strip()}/stat")
+    assert not left.exists() or ") Z " in left.read_text(), "it outlived the step"
     assert steps.main(["good", *run]) == 0
     assert steps.main(["good", "--within-s", "0", *run]) == 1
     with pytest.raises(SystemExit) as ended:

@@ -28,12 +28,7 @@ def trained_part(parameter: Any) -> Tensor:  # noqa: ANN401 - a DTensor
 class _TrainedPart(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, whole: Any) -> Tensor:  # noqa: ANN401 - torch's
-        ctx.mesh, ctx.placements, ctx.shape, ctx.stride = (
-            whole.device_mesh,
-            whole.placements,
-            whole.shape,
-            whole.stride(),
-        )
+        ctx.mesh, ctx.placements, ctx.shape = whole.device_mesh, whole.placements, whole.shape
         part: Tensor = whole.to_local()
         return part.view_as(part)  # the parameter's own tensor must not become a result
 
@@ -43,4 +38,10 @@ class _TrainedPart(torch.autograd.Function):
 
         # Of each addend of a sum the gradient is the whole one.
         placements = [Replicate() if each.is_partial() else each for each in ctx.placements]
-        return DTensor.from_local(grad, ctx.mesh, placements, run_check=False, shape=ctx.shape, stride=ctx.stride)
+        whole = DTensor.from_local(grad, ctx.mesh, placements, run_check=False)
+        if whole.shape == ctx.shape:
+            return whole
+        # Ranks hold different numbers of rows. The strides have to be those of the gradient, which may be a transpose.
+        stride = torch.empty(ctx.shape, dtype=grad.dtype, device="meta").stride()
+        rows = grad.contiguous()
+        return DTensor.from_local(rows, ctx.mesh, placements, run_check=False, shape=ctx.shape, stride=stride)

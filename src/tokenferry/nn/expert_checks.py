@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from tokenferry.api import ExpertGroup
 from tokenferry.errors import ConfigError
@@ -16,31 +19,36 @@ _REENTRANT = "CheckpointFunctionBackward"
 
 
 def check_wrappers(experts: nn.Module) -> None:
-    """Raise ConfigError if torch repeats the experts, or a part of them, in backward. Local."""
-    if any("_checkpoint_wrapped_module" in part._modules for part in experts.modules()):
-        raise ConfigError(CHECKPOINTED.format(what="checkpoint_wrapper"))
+    """Raise ConfigError if torch's wrapper repeats the experts, or a part of them, in backward. Local."""
+    for part in experts.modules():
+        # offload_wrapper is made of the same class, and repeats nothing.
+        if "_checkpoint_wrapped_module" in part._modules and type(part).__name__ != "OffloadWrapper":
+            raise ConfigError(CHECKPOINTED.format(what="checkpoint_wrapper"))
 
 
-def check_graph(result: Tensor, leaves: list[Tensor]) -> None:
-    """Raise ConfigError if backward of what experts have returned would repeat a part of them. Local.
+def check_graph(result: Tensor, rows: Tensor, values: Sequence[Tensor]) -> None:
+    """Raise ConfigError if backward of what experts have returned would repeat a part that has parameters. Local.
 
     A checkpoint with ``use_reentrant=True`` would find their parameters as they are in the layer, and replicas would
-    get different gradients without a word.
+    get different gradients without a word. Those that are its arguments are in the graph, and right.
 
     Args:
         result: What the experts returned.
-        leaves: What they got, where their part of the graph ends.
+        rows: Those that they got.
+        values: The parameters that they got.
     """
-    seen = {leaf.grad_fn for leaf in leaves} | {None}
-    waiting = [result.grad_fn]
+    ends = {get_gradient_edge(value).node for value in values if value.requires_grad}
+    seen, waiting, repeats = {rows.grad_fn, None}, [result.grad_fn], False
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
             continue
-        if node.name() == _REENTRANT:
-            raise ConfigError(CHECKPOINTED.format(what="checkpoint(use_reentrant=True)"))
         seen.add(node)
-        waiting += [before for before, _ in node.next_functions]
+        if node not in ends:
+            repeats = repeats or node.name() == _REENTRANT
+            waiting += [before for before, _ in node.next_functions]
+    if repeats and not ends <= seen:
+        raise ConfigError(CHECKPOINTED.format(what="checkpoint(use_reentrant=True)"))
 
 
 def refuse_unequal(names: str) -> None:

@@ -136,6 +136,7 @@ class MoELayer(nn.Module):
         self.same_experts: SameExperts | None = None
         self.told = False
         self.unequal = ""
+        self._checked = 0  # the experts whose graph was looked at
         mesh = expert_mesh(group)
         if mesh is not None:
             self.place_experts(mesh)
@@ -194,8 +195,10 @@ class MoELayer(nn.Module):
             found: Tensor = torch.func.functional_call(
                 self.experts, dict(zip(names, values, strict=True)), (rows, offsets)
             )
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                check_graph(found, [rows, *values])
+            # Once, since it takes time, and experts repeat what they repeat in every forward.
+            if not torch.compiler.is_compiling() and found.grad_fn is not None and self._checked != id(self.experts):
+                check_graph(found, rows, values)
+                self._checked = id(self.experts)
             return found
 
         if not self.options.checkpoint_experts:

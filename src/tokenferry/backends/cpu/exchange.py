@@ -145,7 +145,7 @@ class Exchange:
         self.broken: str | None = None
         self.allocator = Allocator()
         self._last_call = 0
-        self._thread: int | None = None  # the one that is in a call
+        self._inside: dict[str, int] = {}  # "thread": the one that is in a call
         self._resync_due = False
         self._postponed: tuple[str, Callable[[Deadline], None]] | None = None
         self._forgotten: deque[CallId] = deque()
@@ -257,19 +257,17 @@ class Exchange:
         Else an interrupt between two exchanges of a call, or behind the last one, would leave this rank a call behind
         its peers. Errors of ours have broken the group if they have to.
         """
-        outer, before = self._enter(phase), None
+        nested, before = self._enter(phase), None
         try:
             self.catch_up()
             before = self._last_call
             yield
-            self._thread = (
-                outer  # here, not in a `finally` behind these handlers, where an interrupt would pass them by
-            )
+            self._leave(nested)  # here, not in a `finally` behind these handlers, where an interrupt would pass them by
         except TokenferryError:
-            self._thread = outer
+            self._leave(nested)
             raise
         except BaseException as error:
-            self._thread = outer
+            self._leave(nested)
             if before not in (None, self._last_call):
                 self._fail(phase, error)
             raise
@@ -277,21 +275,23 @@ class Exchange:
     @contextlib.contextmanager
     def alone(self, phase: str) -> Iterator[None]:
         """Raise ArgumentError, and leave the group as it is, if another thread is in a call or a hook of the group."""
-        outer = self._enter(phase)
+        nested = self._enter(phase)
         try:
             yield
         finally:
-            self._thread = outer
+            self._leave(nested)
 
-    def _enter(self, phase: str) -> int | None:
-        outer, me = self._thread, threading.get_ident()
-        if outer not in (None, me):
-            raise ArgumentError(
-                f"{phase}: another thread is in a call of this group; make calls and hooks one at a time, in the same "
-                "order on all ranks"
-            )
-        self._thread = me
-        return outer
+    def _enter(self, phase: str) -> bool:
+        """Return whether this thread is in a call already."""
+        me = threading.get_ident()
+        nested = self._inside.get("thread") == me
+        if self._inside.setdefault("thread", me) != me:  # which no other thread can come between
+            raise ArgumentError(f"{phase}: another thread is in a call of this group; make calls and hooks one by one")
+        return nested
+
+    def _leave(self, nested: bool) -> None:
+        if not nested:
+            self._inside.pop("thread", None)
 
     def _fail(self, phase: str, error: BaseException) -> None:
         """Break the group, unless an inner block has; raise the error that says most, if that is not ``error``."""

@@ -184,7 +184,7 @@ def dispatch(
     try:
         sent = view.dispatch(rows, routing, options=native, num_sms=options.num_sms)
     except (CapacityError, MismatchError) as error:
-        if not num_worst_tokens:
+        if views.on_gpu:  # where it may be that of an earlier call, and M is another number
             raise
         raise _in_words_of(call, num_worst_tokens, error) from None
     recv_idx, recv_weights = sent.topk_idx, sent.topk_weights
@@ -355,11 +355,12 @@ def _most_tokens(views: Views, num_tokens: int, num_worst_tokens: int, call: str
 
 
 def _in_words_of(call: str, num_worst_tokens: int, error: CapacityError | MismatchError) -> Exception:
-    """Return the error of a call whose capacity and M ``num_worst_tokens`` is: it names that."""
+    """Return the error of a call on CPUs, whose capacity and M are ``num_worst_tokens``: it names that."""
     if isinstance(error, MismatchError):
-        return MismatchError(str(error).replace("max_tokens", "num_worst_tokens"))
+        text = str(error).replace("max_tokens", "num_worst_tokens")
+        return MismatchError(text.replace(f"{ANY_NUM_TOKENS} on rank", "0 on rank"))
     _, capacity, found = str(error).partition("options.capacity: ")
-    if not capacity:  # the heap of a GPU is full
+    if not capacity:
         return error
     found = found.partition(";")[0]
     return CapacityError(

@@ -254,6 +254,7 @@ def _table_of(placement: Placement, sizes: torch.Size, near: list[int], rank: in
     "tokenferry::followed_placement",
     mutates_args=(),
     schema="(Tensor slots, Tensor placed, Tensor table, int[] near, int rank, int num_ranks) -> Tensor",
+    tags=(torch.Tag.cudagraph_unsafe,),  # a graph would keep the placement of its capture
 )
 def _followed(slots: Tensor, placed: Tensor, table: Tensor, near: list[int], rank: int, num_ranks: int) -> Tensor:
     """Return the table of the placement ``slots``: a copy of ``table``, which is that of ``placed``, or another."""
