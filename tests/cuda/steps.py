@@ -92,7 +92,17 @@ def run(step: Step, log: Path, limit_s: float) -> tuple[bool, str, float]:
     """Return whether it passed, what pytest says last, and its seconds."""
     paths = f"{ROOT / 'src'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rstrip(os.pathsep)
     env = os.environ | step.env | {"PYTHONPATH": paths}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *step.tests]
+    # No -q: the file has one, and of two pytest says nothing at the end.
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-c",
+        str(ROOT / "pyproject.toml"),
+        "-p",
+        "no:cacheprovider",
+        *step.tests,
+    ]
     start, status = time.monotonic(), None
     with log.open("w") as output:
         process = subprocess.Popen(
