@@ -36,6 +36,17 @@ def put(layer, slots, how):
             state[name].detach().copy_(value)
 
 
+def trained_as_eagerly(layer, compiled, x):
+    """Check the gradients of a compiled layer, drop them, and return an eager copy that has been trained as well."""
+    eager = copy.deepcopy(layer)
+    for run in (eager, compiled):
+        run(x).square().sum().backward()
+    for got, want in zip(layer.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, want.grad)
+    layer.zero_grad()
+    return eager
+
+
 @pytest.mark.parametrize("how", ["rebalance", "place", "load_state_dict", "in place"])
 @pytest.mark.parametrize("slots", [torch.arange(4), SLOTS], ids=["once", "replicas"])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -66,12 +77,7 @@ def test_one_graph_trains(how):
         compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
         for slots in (torch.arange(4), torch.tensor([3, 1, 0, 2]), torch.tensor([1, 0, 2, 3])):
             put(layer, slots, how)
-            eager = copy.deepcopy(layer)
-            for run in (eager, compiled):
-                run(x).square().sum().backward()
-            for got, want in zip(layer.parameters(), eager.parameters(), strict=True):
-                torch.testing.assert_close(got.grad, want.grad)
-            layer.zero_grad()
+            trained_as_eagerly(layer, compiled, x)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
@@ -105,12 +111,7 @@ def test_what_breaks_the_graph_of_training(slots, limit):
         compiled = torch.compile(layer, backend="aot_eager")
         for how in ("rebalance", "in place"):
             put(layer, slots.flip(0), how)
-            eager = copy.deepcopy(layer)
-            for run in (eager, compiled):
-                run(x).square().sum().backward()
-            for got, want in zip(layer.parameters(), eager.parameters(), strict=True):
-                torch.testing.assert_close(got.grad, want.grad)
-            layer.zero_grad()
+            eager = trained_as_eagerly(layer, compiled, x)
             if limit is not None:
                 for one in (eager, layer):
                     update_biases(one, rate=0.25)

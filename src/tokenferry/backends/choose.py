@@ -9,9 +9,8 @@ import torch.distributed as dist
 from tokenferry.backends.base import Backend, Resolved
 from tokenferry.backends.cpu.backend import make_cpu_backend
 from tokenferry.errors import BackendUnavailable, ConfigError
-from tokenferry.transports.handshake import Bootstrap, agree
+from tokenferry.transports.handshake import Bootstrap, agree, compare_terms
 from tokenferry.transports.refused import resource_error
-from tokenferry.transports.rendezvous import compare_terms
 
 _log = logging.getLogger("tokenferry")
 _announced: set[str] = set()
@@ -72,7 +71,9 @@ def _decline_cuda(group: dist.ProcessGroup | None, resolved: Resolved, error: Ex
     if group is None or group.size() == 1:
         return why
     table = Bootstrap(group, resolved.timeout_s)
-    handshake = {"host": "", "process": "", "device": None, "trouble": f" that works: {why}"}
-    compare_terms(table.exchange(handshake | {"terms": resolved.terms}))
+    trouble = f" that works: {why}"
+    compare_terms(
+        table.exchange({"terms": resolved.terms, "host": "", "process": "", "device": None, "trouble": trouble})
+    )
     reason = agree(table, f"rank {group.rank()}: {why}")
     return agree(table, reason)

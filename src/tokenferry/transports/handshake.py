@@ -11,12 +11,14 @@ import json
 import os
 import socket
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
 
+from tokenferry.errors import ConfigError
 from tokenferry.transports.base import HEADER_INTS, CallId, Deadline, peer_timeout
 from tokenferry.transports.process_group import ProcessGroupTransport
 from tokenferry.transports.refused import resource_error
@@ -74,6 +76,20 @@ class Bootstrap:
 def agree(table: Exchange, reason: str) -> str:
     """Return the reason of the lowest rank that has one, or an empty string; the same on all ranks. Collective."""
     return next((handshake["why_not"] for handshake in table.exchange({"why_not": reason}) if handshake["why_not"]), "")
+
+
+def compare_terms(handshakes: Sequence[dict[str, Any]]) -> None:
+    """Check that all ranks have the same terms, by their handshakes.
+
+    Raises:
+        ConfigError: they differ; the message names the first term that does, and each rank's value.
+    """
+    terms = [handshake["terms"] for handshake in handshakes]
+    for name in terms[0]:
+        values = [term[name] for term in terms]
+        if any(value != values[0] for value in values):
+            per_rank = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
+            raise ConfigError(f"ExpertGroup: {name} differs between ranks ({per_rank}); give all ranks the same")
 
 
 def moves_cpu_tensors(group: dist.ProcessGroup) -> bool:

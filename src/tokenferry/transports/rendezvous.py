@@ -15,7 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from tokenferry.errors import BackendUnavailable, ConfigError
+from tokenferry.errors import BackendUnavailable
 from tokenferry.forked import close_in_child
 from tokenferry.topology import Topology, by_place, consecutive
 from tokenferry.transports import segment
@@ -24,6 +24,7 @@ from tokenferry.transports.failures import FailureReports
 from tokenferry.transports.handshake import (
     Bootstrap,
     agree,
+    compare_terms,
     host_name,
     moves_cpu_tensors,
     network_namespace,
@@ -188,20 +189,6 @@ def new_group_id(group: dist.ProcessGroup) -> int:
 def user() -> int:
     """Return the number of the user whose rights this process has, or -1 where there is none."""
     return os.geteuid() if hasattr(os, "geteuid") else -1
-
-
-def compare_terms(handshakes: Sequence[dict[str, Any]]) -> None:
-    """Check that all ranks have the same terms, by their handshakes.
-
-    Raises:
-        ConfigError: they differ; the message names the first term that does, and each rank's value.
-    """
-    terms = [handshake["terms"] for handshake in handshakes]
-    for name in terms[0]:
-        values = [term[name] for term in terms]
-        if any(value != values[0] for value in values):
-            per_rank = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
-            raise ConfigError(f"ExpertGroup: {name} differs between ranks ({per_rank}); give all ranks the same")
 
 
 def _why_not_near(handshakes: list[dict[str, Any]], wanted: Wanted, near: Sequence[Sequence[int]]) -> str:

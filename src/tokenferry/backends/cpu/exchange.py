@@ -37,7 +37,7 @@ class Kind(enum.IntEnum):
 
 
 PLAN_FIELD = "dispatch of the plan"
-"""The field of a signature that is the number of the call which made the plan; 0, equal to all others: not known."""
+"""The field of a signature with the number of the call that made the plan. 0: not known; it is compared with none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +145,7 @@ class Exchange:
         self.broken: str | None = None
         self.allocator = Allocator()
         self._last_call = 0
-        self._inside: dict[str, int] = {}  # "thread": the one that is in a call
+        self._inside: dict[str, int] = {}  # "thread": the one in a call; a dict, whose setdefault is atomic
         self._resync_due = False
         self._postponed: tuple[str, Callable[[Deadline], None]] | None = None
         self._forgotten: deque[CallId] = deque()

@@ -36,9 +36,9 @@ from tokenferry.memory.streams import CudaStreams
 from tokenferry.memory.window import Window, share
 from tokenferry.topology import Topology, by_place, consecutive
 from tokenferry.transports.failures import FailureReports
-from tokenferry.transports.handshake import Bootstrap, agree
+from tokenferry.transports.handshake import Bootstrap, agree, compare_terms
 from tokenferry.transports.refused import resource_error
-from tokenferry.transports.rendezvous import compare_terms, new_group_id
+from tokenferry.transports.rendezvous import new_group_id
 from tokenferry.tuning import NCCL_SMS
 
 
