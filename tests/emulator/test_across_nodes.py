@@ -76,20 +76,21 @@ def test_many_tokens(run):
     run(4, many_tokens, ranks_per_node=2)
 
 
-def in_chunks(rank: int, pg: None, pair: EmulatedPair) -> None:
+def in_chunks(rank: int, pg: None, pair: EmulatedPair, ranks: int) -> None:
     for case in (
-        Case((30, 0, 9, 3), 12, 3, hidden=8, routing="half_dropped"),
-        Case((2, 5, 1, 40), 8, 4, dtype=torch.float32, routing="repeated"),
+        Case((30, 0, 9, 3)[:ranks], 12, 3, hidden=8, routing="half_dropped"),
+        Case((2, 5, 1, 40)[-ranks:], 12, 4, dtype=torch.float32, routing="repeated"),
     ):
         with pair.open(pg, case.shape) as group:
             for options in all_options(case)[::5]:
                 check_round_trip(group, case, options)
 
 
-def test_rows_in_chunks(run, monkeypatch):
+@pytest.mark.parametrize(("ranks", "per_node"), [(4, 2), (3, 1), (4, 1)])
+def test_rows_in_chunks(run, monkeypatch, ranks, per_node):
     """More chunks than tokens, so that some are empty; tokens of one rank and node are in several."""
     monkeypatch.setattr(tuning, "RAIL_CHUNK_BYTES", 64)
-    run(4, in_chunks, ranks_per_node=2)
+    run(ranks, in_chunks, ranks, ranks_per_node=per_node)
 
 
 @pytest.mark.parametrize("job", [throughput_jobs.quantized_rows, throughput_jobs.overflow])

@@ -191,21 +191,27 @@ def test_launches_exchanges_and_waits(most):
             assert len(waits) == num_waits, name
 
 
-def test_calls_are_compared_before_all_sums_have_come(monkeypatch):
-    """Where they are different calls, the later exchanges may never end."""
-    monkeypatch.setattr(tuning, "RAIL_CHUNK_BYTES", 2 * H // 4)  # eight chunks
+def test_sums_are_added_up_chunk_by_chunk(monkeypatch):
+    """And calls are compared first: where they are different calls, the later exchanges may never end."""
+    monkeypatch.setattr(tuning, "RAIL_CHUNK_BYTES", 2 * H // 4)  # eight chunks, each of one token
     silent = SilentNodes(MoeShape(E, K, H, 8))
-    combine, names = calls_of(silent)["combine"], []
+    combine, joins = calls_of(silent)["combine"], []
     combine()
 
     def join(transfer: NcclTransfer) -> None:
-        names.append(f"joined after {[launch[0] for launch in silent.launches].count('across_check')}")
+        launched = [launch[0] for launch in silent.launches]
+        joins.append((launched.count("across_check"), launched.count("combine_nodes")))
 
     silent.launches.clear()
     with mock.patch.object(NcclTransfer, "join", join):
         combine()
-    assert [launch[0] for launch in silent.launches][-3:] == ["across_check", "across_check", "combine_nodes"]
-    assert names == ["joined after 0"] + ["joined after 1"] * T
+    assert [launch[0] for launch in silent.launches][-3:] == ["combine_nodes", "across_check", "combine_nodes"]
+    assert joins == [(0, 0)] + [(1, number) for number in range(1, T)]
+    sums = [launch[-1] for launch in silent.launches if launch[0] == "combine_nodes"]
+    start = sums[0]["slots"], sums[0]["out"]
+    assert [(each["num_tokens"], each["slots"] - start[0], each["out"] - start[1]) for each in sums] == [
+        (1, 4 * 2 * token, 2 * H * token) for token in range(T)
+    ]
 
 
 PARCELS = {

@@ -48,7 +48,7 @@ class Times:
         network_us: The network leg alone.
         nvlink_us: The NVLink leg alone.
         exposed_us: What is not hidden behind the slower leg: the first or last chunk of the other (decode calls: all
-            of it); packing the rows of a dispatch; adding up the sums of all nodes in a combine.
+            of it); packing the rows of a dispatch; in a combine, adding up what the last chunk completes.
         fixed_us: Launch and flags.
     """
 
@@ -178,9 +178,11 @@ def throughput_call(call: CallName, case: Case, rows: Sequence[RankRows], links:
         network_us = _us(load.network, links.network_gbs) + exchanges * links.network_us
         relayed_us = _us(load.relayed, links.nvlink_gbs)
         end_us = max(nvlink_us, network_us + relayed_us / exchanges, network_us / exchanges + relayed_us)
-        # Before the first row crosses all are packed; after the last one the sums of all nodes are added up.
-        own = case.shape.max_tokens * load.row_bytes
-        copied = 2 * load.network_out if call == "dispatch" else load.network_in + 2 * own
+        # Before the first row crosses all are packed; when all sums have come those are added up that the last chunk
+        # completes.
+        num_tokens, before = case.shape.max_tokens, (exchanges // peers - 1) * crossing.chunk_tokens
+        added = load.network_in + 2 * num_tokens * load.row_bytes
+        copied = 2 * load.network_out if call == "dispatch" else added * (1 - before / num_tokens)
         exposed_us = end_us - max(nvlink_us, network_us) + _us(copied, COPY_GBS)
         if call == "dispatch":
             per_row = entry_bytes(case) / load.row_bytes

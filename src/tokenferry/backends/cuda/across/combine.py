@@ -12,7 +12,7 @@ from torch import Tensor
 from tokenferry.backends.base import CombineRequest
 from tokenferry.backends.cuda.across.contents import Opening
 from tokenferry.backends.cuda.across.crossing import Crossing, Transfers
-from tokenferry.backends.cuda.across.forms import cap_sms
+from tokenferry.backends.cuda.across.forms import beside_nccl, cap_sms
 from tokenferry.backends.cuda.across.launch import sum_template
 from tokenferry.backends.cuda.across.parcels import Chunks, RowWidths, Swap
 from tokenferry.backends.cuda.across.relay import RelayAddresses, relay_addresses
@@ -48,30 +48,24 @@ class AcrossCombineForm:
     widths: RowWidths
 
 
-class SumOutput(NamedTuple):
-    """What becomes of the sums.
-
-    Attributes:
-        out: Where they go; None: to a new tensor.
-        biases: With what they start.
-    """
-
-    out: Tensor | None
-    biases: tuple[Tensor, ...]
-
-
-class SumAddresses(NamedTuple):
-    """The sums of all nodes for the tokens of this rank.
+class Home(NamedTuple):
+    """The sums of all nodes for the tokens of this rank, and where they are added up.
 
     Attributes:
         own: Address of those of the own node.
         own_weights: Address of its sums of weights; 0: there are none.
         others: Where the parcels of the others begin.
+        biases: With what the sums start.
+        out: Where they go.
+        weights_out: Where the sums of weights go; None: there are none.
     """
 
     own: int
     own_weights: int
     others: int
+    biases: tuple[Tensor, ...]
+    out: Tensor
+    weights_out: Tensor | None
 
 
 class AcrossCombiner:
@@ -88,6 +82,7 @@ class AcrossCombiner:
         self._context = context
         self._allocator = allocator
         self._topology = topology
+        self._num_nodes = topology.num_nodes
         self._crossing = crossing
         self._inside = Combiner(context, allocator)
         self._breaking_off = context.breaking_off()
@@ -117,9 +112,10 @@ class AcrossCombiner:
             template = sum_template(context, topology, inside.dtype, inside.columns, inside.top_k)
             template.params.chunks, template.params.chunk_tokens = chunks.num, chunks.size
             template.params.pitch = widths.pitch
-            found = self._forms[key] = AcrossCombineForm(
-                inside.signature, inside, template, chunks, num_sms or context.num_sms, widths
-            )
+            sms = num_sms or context.num_sms
+            if chunks.num > 1:  # one crosses while another is added up
+                sms = beside_nccl(context, sms)
+            found = self._forms[key] = AcrossCombineForm(inside.signature, inside, template, chunks, sms, widths)
         return found
 
     def send(
@@ -147,10 +143,18 @@ class AcrossCombiner:
             opening = crossing.announce(call, words, form.chunks, along.came, along.went, src_counts)
             source = self._inside.source(inside, call, y, weights, along.whole, shared=True)
             transfers = self._send_sums(form, call, along, source, swaps, opening, sums_at)
-            home = along.segments.get(relay.node) or along.segment(relay.node)
-            self._inside.add_up(inside, call, source, home, Sums(own, weights_out=own_weights))
-            self._join(call, opening, swaps[0], transfers)
-            return self._add_up(form, call, along, SumAddresses(own, own_weights, others), SumOutput(out, biases))
+            here = along.segments.get(relay.node) or along.segment(relay.node)
+            self._inside.add_up(inside, call, source, here, Sums(own, weights_out=own_weights))
+            empty, weights_out = self._context.empty, None
+            if biases:
+                biases = tuple(map(aligned, biases))
+            if out is None:
+                out = empty((num_tokens, inside.columns), (inside.columns, 1), inside.dtype)
+            if weights is not None:
+                weights_out = empty((num_tokens, inside.top_k), (inside.top_k, 1), torch.float32)
+            home = Home(own, own_weights, others, biases, out, weights_out)
+            self._collect(form, call, along, opening, transfers, home)
+        return Combined(out, weights_out)
 
     def _send_sums(
         self,
@@ -181,37 +185,52 @@ class AcrossCombiner:
             first = None
         return transfers
 
-    def _join(self, call: Call, opening: Opening, first: Swap, transfers: Transfers) -> None:
-        """Let the stream wait for all sums, and check them, and first of all who has called: others may never come."""
-        crossing, words = self._crossing, opening.words
+    def _collect(
+        self,
+        form: AcrossCombineForm,
+        call: Call,
+        along: RelayAddresses,
+        opening: Opening,
+        transfers: Transfers,
+        home: Home,
+    ) -> None:
+        """Let the stream wait for all sums, check them, and add them up.
+
+        First of all it is checked who has called: others may never come. Nodes send one after the other. While the
+        chunks of the last one come, those tokens are added up whose sums are there: the place of a token among those
+        for a node is at most its own number, so that i chunks of each node have the sums of all tokens below i * size.
+        """
+        crossing, done, left = self._crossing, 0, len(transfers)
         unconfirmed: Opening | None = opening
-        if opening.transfer is not None or len(transfers) > 1:
-            (opening.transfer or transfers[first.recv.node, first.number]).join()
+        if opening.transfer is not None:
+            opening.transfer.join()
             crossing.confirm(call, opening)
             unconfirmed = None
-        for transfer in transfers.values():
+        last, _ = next(reversed(transfers), (0, 0))
+        for (node, number), transfer in transfers.items():
             transfer.join()
-        crossing.check(call, words, opening.src_counts, opening=unconfirmed)
+            left -= 1
+            if left and unconfirmed is not None:
+                crossing.confirm(call, opening)
+                unconfirmed = None
+            if left and node == last:
+                ready = (number + 1) * form.chunks.size
+                self._add_up(form, call, along, home, range(done, min(ready, along.whole.num_tokens)))
+                done = ready
+        crossing.check(call, opening.words, opening.src_counts, opening=unconfirmed)
+        self._add_up(form, call, along, home, range(done, along.whole.num_tokens))
 
-    def _add_up(
-        self, form: AcrossCombineForm, call: Call, along: RelayAddresses, parts: SumAddresses, result: SumOutput
-    ) -> Combined:
-        """Add up the sums of all nodes, and the biases."""
-        inside, num_tokens, empty = form.inside, along.whole.num_tokens, self._context.empty
-        out, biases = result.out, result.biases
-        if biases:
-            biases = tuple(map(aligned, biases))
-        if out is None:
-            out = empty((num_tokens, inside.columns), (inside.columns, 1), inside.dtype)
-        weights_out = None
-        if parts.own_weights:
-            weights_out = empty((num_tokens, inside.top_k), (inside.top_k, 1), torch.float32)
-        if num_tokens:
-            form.sum.pack(
-                call.alive, call.number, call.signature.words,
-                along.slots, along.dst_counts, parts.own, parts.others, parts.own_weights, along.went,
-                biases[0].data_ptr() if biases else 0, biases[1].data_ptr() if len(biases) > 1 else 0,
-                out.data_ptr(), 0 if weights_out is None else weights_out.data_ptr(), num_tokens,
-            )  # fmt: skip
-            form.sum.launch(form.num_sms, call.stream)
-        return Combined(out, weights_out)
+    def _add_up(self, form: AcrossCombineForm, call: Call, along: RelayAddresses, home: Home, tokens: range) -> None:
+        """Add up the sums of all nodes, and the biases, for some tokens."""
+        if not tokens:
+            return
+        own, own_weights, others, biases, out, weights_out = home
+        at, weights_at = tokens.start * form.widths.row, tokens.start * form.widths.weights
+        form.sum.pack(
+            call.alive, call.number, call.signature.words,
+            along.slots + 4 * tokens.start * self._num_nodes, along.dst_counts, own, others, own_weights,
+            along.went,
+            biases[0].data_ptr() + at if biases else 0, biases[1].data_ptr() + at if len(biases) > 1 else 0,
+            out.data_ptr() + at, 0 if weights_out is None else weights_out.data_ptr() + weights_at, len(tokens),
+        )  # fmt: skip
+        form.sum.launch(form.num_sms, call.stream)

@@ -167,7 +167,8 @@ class AcrossDispatcher:
 
         With counts on the host it waits for the device: for its own counts, since a bad index must be found before
         anything is sent; for those of its rail, in whose sizes rows cross; and for those of its node, in whose sizes
-        memory is taken. Meanwhile the device writes the routing, counts, and computes places.
+        memory is taken. Meanwhile the device writes the routing, and while rows cross it counts them and computes
+        places.
         """
         rows, waits, tight, planner, steps = form.rows, form.waits, form.tight, self._planner, self._crossing.steps
         begun = planner.begin(form, call, payload, num_tokens)
@@ -189,16 +190,17 @@ class AcrossDispatcher:
             out = self._pack_new(form, begun, plan, relay.first_out[-1] if went is None else went.num_out)
             if swaps is not None and not tight:
                 passing = self._begin_rows(rows, begun, relay, swaps, out)
-            if coming is not None:
-                coming.join()
-            planner.notify(form, begun, plan, routed)
+            planner.relay(form, begun, plan, routed, coming)
+            if went is None or not form.at_once:
+                planner.notify(form, call, plan, routed)
         if went is not None and form.at_once:
             with self._waiting:
                 relay = planner.wait_for_relay(begun, sizes, went)
             swaps = relay.swaps(steps, rows.chunks, rows.widths, back=False)
-            if not tight:
-                with self._breaking_off:
+            with self._breaking_off:
+                if not tight:
                     passing = self._begin_rows(rows, begun, relay, swaps, out)
+                planner.notify(form, call, plan, routed)
         if waits or tight:
             with self._waiting:
                 counts = cuda_plan.wait(self._context, call, form.geometry)

@@ -284,12 +284,17 @@ def new_again_form(group: Group, moved: MoveSizes) -> MoveForm:
     return _move_form(group, signature, moved, Went(1, 0))
 
 
+def beside_nccl(context: Context, num_sms: int) -> int:
+    """Return how many of so many SMs a kernel may take while rows cross: NCCL keeps some."""
+    return min(num_sms, max(1, context.num_sms - NCCL_SMS))
+
+
 def cap_sms(context: Context, num_sms: int | None) -> int | None:
-    """Return the SMs of a call's kernels, of which NCCL keeps some; None: as tuned, which leaves enough.
+    """Return the SMs of a call's kernels, as `beside_nccl`; None: as tuned, which leaves enough.
 
     With one rank a node they may take all SMs of a small GPU: no kernel there waits for another rank.
     """
-    return None if num_sms is None else min(num_sms, max(1, context.num_sms - NCCL_SMS))
+    return None if num_sms is None else beside_nccl(context, num_sms)
 
 
 class Went(NamedTuple):

@@ -9,6 +9,7 @@ import torch
 from tokenferry.backends.cuda.across.contents import CrossingRouting
 from tokenferry.backends.cuda.across.crossing import Crossing
 from tokenferry.backends.cuda.across.forms import AcrossForm, AcrossSizes, sizes_of
+from tokenferry.backends.cuda.across.rails import Transfer
 from tokenferry.backends.cuda.across.relay import AcrossPlan, Relay, fixed_relay, make_relay, segment_for
 from tokenferry.backends.cuda.across.split import Split, SplitCounts, Splitter
 from tokenferry.backends.cuda.buffers import SymmetricAllocator
@@ -135,20 +136,26 @@ class Planner:
         form.rails.launch(min(self._num_nodes * relay.segment // UNIT_TOKENS, form.rows.sms.local), call.stream)
         return plan, Routed(routing, self._num_nodes * relay.segment, at + table_at, at + bases_at)
 
-    def notify(self, form: AcrossForm, begun: Begun, plan: AcrossPlan, routed: Routed) -> None:
-        """Count the rows of all segments inside the node, exchange the counts there, and compute the places of rows.
+    def relay(self, form: AcrossForm, begun: Begun, plan: AcrossPlan, routed: Routed, coming: Transfer | None) -> None:
+        """When the routing has come, check who has called, and tell the host how many tokens cross.
 
-        First it is checked who has called.
+        ``coming``: the exchange of the routing; None: nothing comes.
         """
-        call, layout, start, segment = begun.call, plan._layout, plan._block.address, routed.routing.relay.segment
-        words, parts = begun.split.words, plan._relay_layout
-        alive, number, signature, sizes = call.alive, call.number, call.signature.words, start + layout.places
+        call, words = begun.call, begun.split.words
+        if coming is not None:
+            coming.join()
         form.relay.pack(
-            alive, number, signature,
-            words.headers, words.mine, sizes, begun.split.dst_counts.data_ptr(),
-            begun.num_tokens, segment,
+            call.alive, call.number, call.signature.words,
+            words.headers, words.mine, plan._block.address + plan._layout.places, begun.split.dst_counts.data_ptr(),
+            begun.num_tokens, routed.routing.relay.segment,
         )  # fmt: skip
         form.relay.launch(1, call.stream)
+
+    def notify(self, form: AcrossForm, call: Call, plan: AcrossPlan, routed: Routed) -> None:
+        """Count the rows of all segments inside the node, exchange the counts there, and compute the places of rows."""
+        layout, parts, start = plan._layout, plan._relay_layout, plan._block.address
+        segment = routed.routing.relay.segment
+        alive, number, signature, sizes = call.alive, call.number, call.signature.words, start + layout.places
         notify = form.notify
         notify.params.segment_units = segment // UNIT_TOKENS
         notify.pack(
@@ -169,7 +176,7 @@ class Planner:
         assign.launch(blocks, call.stream)
 
     def wait_for_relay(self, begun: Begun, sizes: AcrossSizes, went: SplitCounts) -> Relay:
-        """Wait until `notify` has told how many tokens cross; `Relay.most` is not known yet, and 0.
+        """Wait until `relay` has told how many tokens cross; `Relay.most` is not known yet, and 0.
 
         Raises:
             MismatchError: a rank across from this one has made another call.
@@ -181,4 +188,5 @@ class Planner:
 
     def counted_relay(self, relay: Relay) -> Relay:
         """Return it with `Relay.most`, when the host has waited for the counts of the node."""
-        return relay._replace(most=UNIT_TOKENS * self._context.pinned.most_units)
+        node, came, went, _, segment, first_in, first_out = relay
+        return Relay(node, came, went, UNIT_TOKENS * self._context.pinned.most_units, segment, first_in, first_out)

@@ -13,8 +13,8 @@ from tokenferry.backends.cuda.across.forms import AcrossForm
 from tokenferry.backends.cuda.buffers import section_ends
 from tokenferry.backends.cuda.context import Call, Context
 from tokenferry.backends.cuda.faults import pinned_words, view_words
+from tokenferry.kernels.codes import UNIT_TOKENS
 from tokenferry.kernels.control_block import HOST_NODES_WORD, HOST_ROWS_WORD
-from tokenferry.kernels.dispatch_notify.spec import num_units
 from tokenferry.topology import Topology
 
 
@@ -71,7 +71,7 @@ class Splitter:
 
     def split(self, form: AcrossForm, call: Call, topk_idx: int, num_tokens: int, num_bytes: int) -> Split:
         """Count; returns at once. ``topk_idx``: its address; ``num_bytes``: of the rest."""
-        columns, units = self._num_ranks + self._num_nodes, num_units(num_tokens)
+        columns, units = self._num_ranks + self._num_nodes, -(-num_tokens // UNIT_TOKENS)
         bases_at, end = section_ends(4 * units * columns, 4 * columns)
         words, at = self._crossing.new_words(form.rows.chunks.num, end + num_bytes)
         split = Split(at, at + bases_at, words, self._new_counts(), at + end)
