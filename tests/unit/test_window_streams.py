@@ -2,6 +2,8 @@
 
 import contextlib
 import enum
+import gc
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -116,8 +118,29 @@ def test_an_event_is_recorded_again_once_it_has_passed(streams):
     streams._cuda.status = 0
     assert streams.take_back(event)
     streams._cuda.log.clear()
-    assert streams.record(60, eager=True) is event
+    again = streams.record(60, eager=True)
     assert streams._cuda.log == [("record", "event without timing True", 60)]
+    assert event.handle is None, "two would destroy it"
+    assert again.handle
+    assert not streams._idle
+
+
+@pytest.mark.parametrize("finalized_first", [True, False])
+@pytest.mark.parametrize("give_back", ["take_back", "reuse"])
+def test_an_event_that_is_collected_is_destroyed_or_recorded_again(streams, finalized_first, give_back):
+    """In a cycle of objects, its finalizer runs before or after that of what gives it back."""
+    event = streams.record(streams.eager(), eager=True)
+    if finalized_first:
+        event.__del__()
+        getattr(streams, give_back)(event)
+    else:
+        getattr(streams, give_back)(event)
+        event.__del__()
+    destroyed = [entry for entry in streams._cuda.log if entry[0] == "destroy"]
+    assert len(destroyed) + len(streams._idle) == 1
+    assert len(destroyed) == finalized_first
+    del event
+    assert [entry for entry in streams._cuda.log if entry[0] == "destroy"] == destroyed
 
 
 def test_what_has_passed(streams):
@@ -167,9 +190,28 @@ def test_an_exchange_lies_between_the_work_of_a_stream(streams, channel):
             assert marks.ended(), "what has ended is not asked again"
         del marks
         assert log == [("ask", name)] * (1 if asked else 2)
-        made |= {id(event) for event in streams._idle}
+        made |= set(map(id, streams._idle))
         log.clear()
     assert len(made) == 2
+
+
+def test_exchanges_of_a_cycle_leave_no_event_that_is_destroyed(streams, channel):
+    """The traceback of an error holds the frames of its call, with their exchanges, and they hold the error."""
+    cuda, names = streams._cuda, itertools.count()
+    cuda.cuEventCreate = lambda flags: (0, next(names))
+    for _ in range(3):
+        marks = channel.start("parts", 60, captured=False)
+        marks.join()
+        marks.ended()
+        cycle = [marks]
+        cycle.append(cycle)
+        del marks, cycle
+        gc.collect()
+    used = [entry[1] for entry in cuda.log if entry[0] == "record"]
+    ends = {entry[1]: at for at, entry in enumerate(cuda.log) if entry[0] == "destroy"}
+    assert len(used) == 6
+    for at, entry in enumerate(cuda.log):
+        assert entry[0] != "record" or at < ends.get(entry[1], len(cuda.log)), f"{entry} after its end at {ends}"
 
 
 @pytest.mark.parametrize("why", ["a forked child", "a capture"])

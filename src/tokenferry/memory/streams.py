@@ -33,7 +33,7 @@ class Streams(Protocol):
         """Record and return an event after everything queued on a stream; ``eager``: `eager` has just returned it."""
 
     def take_back(self, event: Any) -> bool:  # noqa: ANN401 - what `record` returned
-        """Return whether all work before an event is done; if so, `record` may return the event again from now on."""
+        """Return whether all work before an event is done; if so, `record` may use it again, and nobody else may."""
 
     def wait(self, stream: int, event: Any, *, outside: bool) -> None:  # noqa: ANN401 - what `record` returned
         """Make a stream wait for an event; ``outside``: the stream is being captured, and the event is not."""
@@ -85,7 +85,7 @@ class CudaStreams:
         self._current = torch._C._cuda_getCurrentRawStream
         self._capturing = torch._C._cuda_isCurrentStreamCapturing
         self._current_device = torch._C._cuda_getDevice
-        self._idle: deque[_Event] = deque()
+        self._idle: deque[Any] = deque()  # handles of events
 
     def current(self) -> int:
         """See `Streams.current`."""
@@ -120,7 +120,7 @@ class CudaStreams:
         cuda = self._cuda
         if eager and self._idle:  # `eager` has entered the context, and to leave and enter it takes longest
             with suppress(IndexError):  # another thread was faster
-                event = self._idle.pop()
+                event = _Event(self._idle.pop(), self._device)
                 check(cuda.cuEventRecord(event.handle, stream), "recording an event")
                 return event
         with self._device.current():
@@ -131,9 +131,10 @@ class CudaStreams:
 
     def take_back(self, event: Any) -> bool:  # noqa: ANN401 - as the protocol
         """See `Streams.take_back`."""
-        if int(self._cuda.cuEventQuery(event.handle)[0]) != 0:  # not done, or nothing can be known now
+        handle = event.handle
+        if handle is None or int(self._cuda.cuEventQuery(handle)[0]) != 0:  # not done, or nothing can be known now
             return False
-        self._idle.append(event)
+        self.reuse(event)
         return True
 
     def new(self, priority: int) -> int:
@@ -163,8 +164,10 @@ class CudaStreams:
         return True
 
     def reuse(self, event: Any) -> None:  # noqa: ANN401 - what `record` returned
-        """Let `record` return an event again; all work before it is known to be done, as `is_done` has said."""
-        self._idle.append(event)
+        """Let `record` use an event again; all work before it is known to be done, as `is_done` has said."""
+        handle, event.handle = event.handle, None
+        if handle is not None:
+            self._idle.append(handle)
 
     def wait_eagerly(self, stream: int, event: Any) -> None:  # noqa: ANN401 - what `record` returned
         """Make a stream wait for an event, neither of them in a capture, after `eager` or `is_eager`."""
@@ -179,7 +182,12 @@ class CudaStreams:
 
 
 class _Event:
-    """A CUDA event that is destroyed with its last reference; work that already waits for it is not affected."""
+    """A CUDA event that is destroyed with its last reference; work that already waits for it is not affected.
+
+    Attributes:
+        handle: Its handle; None if it has been destroyed, or `CudaStreams.reuse` has taken it. When a cycle of objects
+            is collected, finalizers run in any order: that of an event before or after one that gives the event back.
+    """
 
     __slots__ = ("_device", "handle")
 
@@ -188,5 +196,6 @@ class _Event:
         self._device = device
 
     def __del__(self, finalizing: Any = sys.is_finalizing) -> None:  # noqa: ANN401 - bound: `sys` may be gone
-        if not finalizing() and not self._device.inherited:
-            self._device.cuda.cuEventDestroy(self.handle)
+        handle, self.handle = self.handle, None
+        if handle is not None and not finalizing() and not self._device.inherited:
+            self._device.cuda.cuEventDestroy(handle)
