@@ -1,5 +1,6 @@
 """The contract suite's jobs on the CUDA backend, on the emulator; see tests/support/emulated_group.py."""
 
+import gc
 from typing import Any
 from unittest import mock
 
@@ -80,6 +81,31 @@ def one_errs(rank: int, pg: None, pair: EmulatedPair) -> None:
 
 def test_bad_routing(run):
     run(2, one_errs)
+
+
+def errors_keep_no_memory(rank: int, pg: None, pair: EmulatedPair) -> None:
+    with pair.open(pg, SHAPE) as group:
+        heap, x, good = group._backend.context.heap, torch.ones(3, 16), torch.tensor([[0, 3], [1, 2], [2, -1]])
+        for _ in range(2):
+            num_live = heap.num_live
+            with pytest.raises(CapacityError):
+                group.dispatch(x, Routing(good), options=DispatchOptions(counts="device", capacity=1))
+            assert heap.num_live == num_live
+            if rank == 0:  # nothing is sent
+                with pytest.raises(RoutingError):
+                    group.dispatch(x, Routing(good + 4))
+            assert heap.num_live == num_live
+            pair.barrier()
+
+
+@pytest.mark.parametrize("per_node", [2, 1])
+def test_errors_keep_no_memory(run, per_node):
+    """An error's traceback has the frames of its call. When the program drops the error, these go at once."""
+    gc.disable()
+    try:
+        run(2, errors_keep_no_memory, ranks_per_node=per_node)
+    finally:
+        gc.enable()
 
 
 def other_call(group: OnDevice, sent: Any, rank: int) -> None:

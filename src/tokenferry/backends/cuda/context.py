@@ -301,7 +301,10 @@ class Context:
         else:
             self._told_peers = True  # by the kernel
             self.break_off(error)
-        raise error
+        try:
+            raise error
+        finally:
+            del error  # it holds this frame, and what other frames of the call hold would wait for the collector
 
     def _run_again(self) -> None:
         """Clear ``stopped``, which makes kernels behind an aborted call no-ops, in stream order after all of these."""

@@ -239,9 +239,23 @@ class AcrossBackend(CudaBackend):
 
     def _explain(self, error: Exception) -> NoReturn:
         """Raise an error, as `_explained`."""
+        found = error
+        try:
+            found = self._at_fault(error)
+            if found is error:
+                raise error
+            raise found from error
+        finally:
+            del (
+                error,
+                found,
+            )  # they hold this frame, and what other frames of the call hold would wait for the collector
+
+    def _at_fault(self, error: Exception) -> Exception:
+        """Return the error to be raised, and report it if it breaks the group."""
         reports = self._rails.reports
         if reports is None or not self.broken or isinstance(error, ClosedError):
-            raise error
+            return error
         start = time.monotonic()
         found: Exception = error
         if isinstance(error, PeerTimeout) and self.context.pinned.mismatched():
@@ -256,9 +270,7 @@ class AcrossBackend(CudaBackend):
         if isinstance(found, PeerTimeout):
             patient_s = patience_s(self.context.timeout_s, found.waited_s)
             found = reports.explain(found, start + patient_s, _no_text)
-        if found is error:
-            raise error
-        raise found from error
+        return found
 
     def close(self) -> None:
         """Release the windows, when exchanges between nodes have ended, unless the group is broken."""
