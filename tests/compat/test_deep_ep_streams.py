@@ -1,5 +1,6 @@
 """The streams and waits of calls, recorded by stand-ins for torch.cuda."""
 
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from tokenferry.compat.deep_ep import Buffer, EventHandle, EventOverlap
 from tokenferry.compat.deep_ep.low_latency import Handle as LowLatencyHandle
 from tokenferry.compat.deep_ep.streams import Lane, When
 from tokenferry.compat.deep_ep.throughput import Handle, TokenLayout
-from tokenferry.errors import ArgumentError, ConfigError
+from tokenferry.errors import ArgumentError, ConfigError, PeerTimeout
 from tokenferry.types import DecodePlan, DispatchOptions, Plan
 
 
@@ -116,20 +117,26 @@ def test_inputs_live_until_the_call_is_done(cuda, lane):
 
     class Dying(Marked):
         def __del__(self) -> None:
-            died.append(1)
+            died.append(cuda.streams[-1].name)
 
-    def call() -> None:
+    def failing() -> None:
+        raise PeerTimeout("too late", phase="dispatch", call=1, rank=0, peers=(1,), waited_s=1.0)
+
+    def call(work: Any) -> None:
         tensor = torch.zeros(1).as_subclass(Dying)
         tensor.streams = []
-        lane.run("call", When(async_finish=True), (tensor,), work_on(cuda))
+        with suppress(PeerTimeout):
+            lane.run("call", When(async_finish=True), (tensor,), work)
 
-    call()
-    assert not died
-    lane.run("call", When(async_finish=True), (), work_on(cuda))
-    assert not died, "event 1 has not passed"
-    cuda.done.add("event 1")
-    lane.run("call", When(async_finish=True), (), work_on(cuda))
-    assert died == [1]
+    for number, work in enumerate((work_on(cuda), failing)):
+        died.clear()
+        call(work)
+        assert not died, "a call that fails may have launched kernels"
+        lane.run("call", When(async_finish=True), (), work_on(cuda))
+        assert not died, "its event has not passed"
+        cuda.done.update(f"event {each}" for each in range(cuda.num_events))
+        lane.run("call", When(async_finish=True), (), work_on(cuda))
+        assert died == ["mine"], f"{number}: a block of the heap is freed behind the current stream"
 
 
 @pytest.mark.parametrize("capturing", [False, True])

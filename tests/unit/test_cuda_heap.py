@@ -502,6 +502,20 @@ def test_streams_of_which_nothing_can_be_known_delay_the_return():
     assert heap.block(64 * KIB, 1).offset == 0
 
 
+def test_the_stream_of_a_reader_counts_even_if_nothing_can_be_known_of_it():
+    heap, streams = make()
+
+    def refuse(stream):
+        raise RuntimeError("a capture forbids to ask")
+
+    block = heap.block(64 * KIB, 1)
+    streams.now, streams.capture, streams.eager = 2, refuse, lambda: None
+    del block
+    del streams.capture, streams.eager
+    assert heap.block(64 * KIB, 3).offset == 0
+    assert [entry for entry in streams.log if entry[0] == "wait"] == [("wait", 3, 1), ("wait", 3, 2)]
+
+
 class Trap:
     """An object in a cycle of garbage, together with a block."""
 

@@ -4,8 +4,9 @@ import gc
 import itertools
 import threading
 import time
+import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from types import SimpleNamespace
 from unittest import mock
 
@@ -462,6 +463,60 @@ def test_the_thread_ends_with_the_rails():
     thread.join(SOON_S)
     assert not thread.is_alive()
     assert channel.closed == 1, "connections stay open"
+
+
+def test_exchanges_under_way_keep_the_rails_and_their_memory():
+    """A group that is dropped in the middle of one has its deadline all the same."""
+    rails, channel = make(0.3)
+    transfer = begin(rails, 0)
+    kept, alive = weakref.ref(transfer.kept[0]), weakref.ref(rails)
+    del rails, transfer
+    gc.collect()
+    assert kept() is not None, "NCCL writes to memory that is torch's again"
+    assert channel.aborted.wait(SOON_S), "nobody ends it"
+    wait_until(lambda: channel.closed == 1)
+    gc.collect()
+    assert (kept(), alive()) == (None, None)
+
+
+def test_rails_may_be_closed_by_their_own_thread():
+    """Where the collector may run, and with it the finalizer of what has a group."""
+    rails, channel = make(SOON_S)
+    thread, failed = rails._thread, mock.Mock()
+
+    def close() -> str:
+        try:
+            rails.close()
+        except RuntimeError as error:
+            failed(error)
+        return ""
+
+    channel.error = close
+    begin(rails, 0)
+    thread.join(SOON_S)
+    assert not thread.is_alive()
+    failed.assert_not_called()
+    assert channel.closed == 1
+
+
+@pytest.mark.parametrize("raised_by", [lambda rails: begin(rails, 0), NcclRails.raise_lost], ids=["first", "again"])
+def test_what_a_lost_connection_raises_keeps_no_frames(raised_by):
+    """They hold the tensors of a call, which a program may need for the next group, while it still has this one."""
+    rails, channel = make(SOON_S)
+    channel.failure = "at once"
+    with suppress(PeerTimeout):
+        begin(rails, 0)
+
+    def call() -> weakref.ref[torch.Tensor]:
+        memory = torch.zeros(3)
+        with pytest.raises(PeerTimeout):
+            raised_by(rails)
+        return weakref.ref(memory)
+
+    gone = call()
+    gc.collect()
+    assert gone() is None
+    rails.close()
 
 
 def test_nodes_of_hosts():

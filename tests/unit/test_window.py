@@ -179,6 +179,16 @@ def test_every_rank_addresses_every_window(cuda):
     assert cuda.log == ["synchronize", "unmap", "unmap"] * 3, "work that is queued may use what is unmapped"
 
 
+def test_nothing_is_unmapped_that_could_not_be_waited_for(cuda, monkeypatch):
+    """Such as during a capture in another thread: work that is queued may use it."""
+    mine, other = share_all(2)
+    monkeypatch.setattr(cuda, "cuCtxSynchronize", lambda: (Code.CUDA_ERROR_NOT_SUPPORTED,))
+    mine.close()
+    assert (len(cuda.mapped), cuda.log) == (2, [])
+    monkeypatch.undo()
+    other.close()
+
+
 def test_a_window_is_freed_when_it_is_closed_and_its_last_block_is_gone(cuda):
     (mine,) = share_all(1)
     heap = mine.heap(MIB)

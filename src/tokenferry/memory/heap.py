@@ -398,11 +398,12 @@ class Heap:
             return
         quick = block._quick
         stream, capture, size = quick.stream, quick.capture, block._take_rest()
-        mark = None
+        mark, current = None, stream
         try:
             if quick.open and size == quick.size:
-                current = stream if self._streams.is_eager(stream) else self._streams.eager()
-                if current is not None:
+                eager = stream if self._streams.is_eager(stream) else self._streams.eager()
+                if eager is not None:
+                    current = eager
                     if current == stream:
                         quick.free.append(block.offset)
                     else:
@@ -415,7 +416,7 @@ class Heap:
             if current != stream and current_capture == capture:
                 mark = self._mark(current)
         except RuntimeError:  # the state of the stream cannot be queried now: try again later
-            current, current_capture = stream, _UNKNOWN
+            current_capture = _UNKNOWN
         self._to_collect.append((block.offset, size, stream, capture, current, current_capture, mark, True))
 
     def _mark(self, stream: int, *, eager: bool = False) -> Mark:

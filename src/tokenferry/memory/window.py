@@ -245,9 +245,9 @@ def _neighbour(device: Device, index: int, address: int) -> int:
 
 def _unmap(device: Device, addresses: list[int]) -> None:
     """Unmap the windows of peers, after all work that may use them."""
-    try:  # a failure means that the context is gone or broken, and with it every mapping
+    try:  # a failure means that the context is gone or broken, and every mapping with it; or that it is being captured
         with device.current():
-            device.cuda.cuCtxSynchronize()
+            check(device.cuda.cuCtxSynchronize(), "waiting for the work of this process")
             for address in addresses:
                 device.cuda.cuIpcCloseMemHandle(address)
     except RuntimeError:

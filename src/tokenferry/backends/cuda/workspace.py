@@ -251,10 +251,13 @@ class Workspaces:
             self._num_made += 1
             workspace.clear()
         except CapacityError as error:
-            full = error
+            full = error.with_traceback(None)  # which would hold this frame, and this frame holds it
         shared = self._share(call, sizes, 0 if workspace is None else workspace.block.offset)
         if full is not None:
-            raise full
+            try:
+                raise full
+            finally:
+                del full
         without = [rank for rank, offset in shared.offsets.items() if not offset]
         if without:
             raise CapacityError(

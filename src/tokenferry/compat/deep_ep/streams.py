@@ -135,9 +135,15 @@ class Lane:
         else:
             event.delay(self.stream)
         with On(self.stream, current):
-            result = work()
+            try:
+                result = work()
+            except BaseException:  # it may have launched something
+                self._keep(EventHandle.behind(self.stream), inputs)
+                raise
             done = EventHandle.behind(self.stream)
-            self._keep(done, inputs)
+            capturing = self._keep(done, inputs)
+        if not capturing:  # the last reference may go: a block of the heap is freed behind the current stream, too
+            self._drop_done()
         _mark(result, current)
         return result, EventOverlap(done)
 
@@ -146,15 +152,23 @@ class Lane:
         if self.stream is not None:
             _mark(result, current_stream(self._device.index))
 
-    def _keep(self, done: EventHandle, inputs: tuple[Any, ...]) -> None:
-        """Keep the inputs of a call alive until it is done; the communication stream must be current."""
+    def _keep(self, done: EventHandle, inputs: tuple[Any, ...]) -> bool:
+        """Keep the inputs of a call alive until it is done; the communication stream must be current.
+
+        Returns:
+            bool: whether it is being captured.
+        """
         done.keep(inputs)  # the program may drop this Buffer before it waits
         if torch.cuda.is_current_stream_capturing():
             # An event cannot be queried during a capture, but the program must wait for it before the capture ends.
             assert self.stream is not None
             _mark(inputs, self.stream)
-            return
+            return True
         self._pending.append((done, inputs))
+        return False
+
+    def _drop_done(self) -> None:
+        """Drop the inputs of calls that are done."""
         while self._pending and self._pending[0][0].has_passed():
             self._pending.popleft()
 

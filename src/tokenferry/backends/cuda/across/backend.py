@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -262,9 +263,9 @@ class AcrossBackend(CudaBackend):
             # The exchanges of different calls do not end.
             found = self.context.flight_recorder.explain(self.context.pinned.take_record())
         elif isinstance(error, PeerTimeout) and self._rails.mismatch is not None:
-            found = self._rails.mismatch
+            found = copy.copy(self._rails.mismatch)
         elif isinstance(error, PeerTimeout) and self._rails.lost is not None:
-            found = self._rails.lost  # a kernel knows only that nothing came
+            found = copy.copy(self._rails.lost)  # a kernel knows only that nothing came
         reports.post(FailureReport.of(found))
         self.context.tell_peers()  # after the report, which they will look for
         if isinstance(found, PeerTimeout):

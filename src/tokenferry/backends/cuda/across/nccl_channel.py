@@ -205,8 +205,8 @@ def connect(make: Callable[[], NcclChannel], timeout_s: float) -> NcclChannel:
         for channel in made:
             channel.abort()
         raise NcclError(f"connecting the ranks of a rail did not end within {timeout_s:.0f} s")
-    for failure in failures:
+    if failures:
         for channel in made:
             channel.abort()
-        raise failure
+        raise failures.pop()  # not from a variable: its traceback holds this frame
     return made[0]

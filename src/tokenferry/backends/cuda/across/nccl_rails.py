@@ -9,6 +9,7 @@ those of other nodes only so, or by the end of its connections.
 
 from __future__ import annotations
 
+import copy
 import math
 import select
 import threading
@@ -157,8 +158,8 @@ class NcclRails:
         self.mismatch: TokenferryError | None = None
         self._looks: list[threading.Thread] = []
         self._enter_thread = enter_thread
-        # Not this object: it must be able to die.
-        args = (weakref.ref(self), channel, self._more, self._looks, enter_thread)
+        # Not this object: it must be able to die. But exchanges under way hold it, and the memory that they write.
+        args = (weakref.ref(self), self._under_way, channel, self._more, self._looks, enter_thread)
         self._thread = threading.Thread(target=_look_after, args=args, name="tokenferry-rails", daemon=True)
         self._thread.start()
         forget_in_child(self, NcclRails.forget)
@@ -191,7 +192,7 @@ class NcclRails:
     def raise_lost(self) -> None:
         """See `Rails.raise_lost`."""
         if self.lost is not None:
-            raise self.lost
+            raise copy.copy(self.lost)  # what is raised keeps the frames of the calls that it ends
 
     def check(self) -> bool:
         """Look at the exchanges under way, and give up if one is late or has failed; return whether there are any."""
@@ -276,7 +277,8 @@ class NcclRails:
         self._under_way.clear()
         self._in_graphs.clear()
         self._more.set()
-        self._thread.join(_CLOSE_S)  # it closes the channel
+        if threading.current_thread() is not self._thread:  # the collector may run there
+            self._thread.join(_CLOSE_S)  # it closes the channel
 
     def forget(self, _why: str) -> None:
         """Leave everything alone, in a forked child, which has no thread; see `tokenferry.forked`."""
@@ -299,7 +301,7 @@ class NcclRails:
             self.reports.post(FailureReport.of(self.mismatch or lost))
         self._channel.abort()
         self._under_way.clear()  # not before: NCCL may still write into their tensors
-        return lost
+        return copy.copy(lost)
 
     def _others_failed(self, transfer: NcclTransfer, now: float) -> bool:
         """Return whether a rank has reported that it has failed, as far as this was asked."""
@@ -342,6 +344,7 @@ def _never() -> bool:
 
 def _look_after(
     rails: weakref.ref[NcclRails],
+    _under_way: deque[NcclTransfer],
     channel: RailChannel,
     more: threading.Event,
     looks: list[threading.Thread],

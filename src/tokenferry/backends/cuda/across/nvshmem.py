@@ -296,8 +296,8 @@ def _in_time(work: Callable[[], _T], timeout_s: float) -> _T:
     thread = threading.Thread(target=run, name="tokenferry-nvshmem", daemon=True)
     thread.start()
     thread.join(timeout_s)
-    for failure in failures:
-        raise failure
+    if failures:
+        raise failures.pop()  # not from a variable: its traceback holds this frame
     if not done:
         raise NvshmemError(f"NVSHMEM did not connect the ranks within {timeout_s:.0f} s")
     return done[0]
