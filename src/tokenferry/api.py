@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tokenferry.ambient import without_function_modes
+from tokenferry.ambient import methods_not_compiled, without_function_modes
 from tokenferry.backends.base import Backend, CallSms, TokenLayout
 from tokenferry.backends.choose import make_backend
 from tokenferry.errors import ArgumentError, ClosedError, PickleError, TokenferryError
@@ -42,8 +42,7 @@ from tokenferry.types import (
 # finds a group by its key, even from a graph that was compiled long ago. Weak, so that it keeps no group alive.
 _groups: WeakValueDictionary[str, ExpertGroup] = WeakValueDictionary()
 
-_MAY_BE_REFUSALS = (OSError, MemoryError, RuntimeError)
-"""The classes of errors with which the system and torch report that a resource was refused."""
+_MAY_BE_REFUSALS = (OSError, MemoryError, RuntimeError)  # by which the system and torch say that they refuse a resource
 
 _Group = TypeVar("_Group", bound="ExpertGroup")
 _Connected = TypeVar("_Connected", bound="Connected")
@@ -66,6 +65,7 @@ class Connected:
         )
 
 
+@methods_not_compiled
 class ExpertGroup(Connected):
     """R ranks that share E experts, and the calls that move rows between them.
 
@@ -700,8 +700,9 @@ class ExpertGroup(Connected):
         float32 by their receiver; the rest is as above. A rank's own rows are encoded too, so that the sum does not
         depend on which rank holds an expert. ``"same"``: rows are sent unchanged; ``"fp8"``: float8_e4m3fn with a
         float32 scale per row and 128 columns, see `tokenferry.formats.fp8`; ``"logfmt10"``: 10 bits a number, with a
-        logarithmic range per row and 128 columns, see `tokenferry.formats.logfmt`. In both a NaN or an infinity arrives
-        as NaN, and the other columns as if it were 0. docs/concepts.md gives the precision of each.
+        logarithmic range per row and 128 columns, see `tokenferry.formats.logfmt`; where two codes are nearly equally
+        near, a backend may take either. In both a NaN or an infinity arrives as NaN, and the other columns as if it
+        were 0. docs/concepts.md gives the precision of each.
 
         Contract: as `decode_dispatch`: collective, hooks, CUDA graphs. The plan is not consumed. ``y`` may be in any
         memory and is read once. Later work on the stream may overwrite it, even while the hook is pending.
@@ -756,8 +757,7 @@ class ExpertGroup(Connected):
             _groups[backend.key] = self
         self._resolver = Resolver(shape, backend.topology, backend.device, backend.key, backend.checks_routing)
         self._fast_path = backend.fast_path(shape, self._resolver)
-        self.shape = shape
-        self.timeout_s = timeout_s
+        self.shape, self.timeout_s = shape, timeout_s
 
     def _ready(self, call: str) -> None:
         if self._backend.broken:
@@ -765,8 +765,11 @@ class ExpertGroup(Connected):
 
     def _raise_if_refused(self, call: str, error: Exception, *, local: bool = False) -> None:
         refused = None if isinstance(error, TokenferryError) else self._backend.refused(call, error, local=local)
-        if refused is not None:
-            raise refused from error
+        try:
+            if refused is not None:
+                raise refused from error
+        finally:
+            del refused, error  # they hold this frame, and with it the memory of the program's calls
 
 
 def find_group(key: str, shape: MoeShape) -> ExpertGroup:

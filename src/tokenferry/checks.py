@@ -21,6 +21,7 @@ ROW_BYTES_MULTIPLE = 16
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INDICES = (torch.int64, torch.int32)
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +149,7 @@ class Checks:
 
     def experts(self, name: str, topk_idx: Tensor, num_experts: int) -> None:
         """Check that every index is in [-1, E); the error names the first that is not."""
+        check_plain(self.call, name, topk_idx)
         if topk_idx.numel() == 0:
             return
         low, high = torch.aminmax(topk_idx)
@@ -224,7 +226,9 @@ def check_plain(call: str, name: str, value: object) -> None:
     """
     if not isinstance(value, Tensor):
         return
-    if torch._C._functorch.is_functorch_wrapped_tensor(value) or isinstance(value, FakeTensor):
+    # Under FakeTensorMode what is made of tensors with values has none.
+    is_fake = isinstance(value, FakeTensor) or torch._C._get_dispatch_mode(_FAKE) is not None
+    if is_fake or torch._C._functorch.is_functorch_wrapped_tensor(value):
         raise ShapeError(
             f"{call}: {name}: expected a tensor with values in memory, got one of torch.vmap, torch.func or "
             "FakeTensorMode, which stands for others; make the call outside of it"

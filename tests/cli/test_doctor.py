@@ -1,6 +1,7 @@
 """The doctor: every check, passing and failing."""
 
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -44,6 +45,23 @@ def test_a_machine_that_works(any_terminal):
     assert "1 node of 2 ranks (ranks 0 1): all ranks are on one host; shared_memory inside, backend cpu" in out
     assert "2 nodes of 2 ranks (ranks 0 1, 2 3): ranks_per_node=2; shared_memory inside, process_group between" in out
     assert "tokenferry works on this machine" in out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="groups on GPUs work here")
+def test_an_environment_whose_groups_cannot_be_made(monkeypatch, any_terminal):
+    monkeypatch.setattr(doctor, "_ranks", lambda: iter(()))
+    monkeypatch.setenv("TOKENFERRY_BACKEND", "cuda")
+    assert main(["doctor", "--no-compile"]) == 1
+    out = " ".join(any_terminal.getvalue().split())
+    assert "ExpertGroup: backend='cuda' cannot run: rank 0 has no CUDA device" in out
+    assert "does not work: group of defaults" in out
+
+
+def test_the_choice_of_a_backend_is_not_logged_among_the_findings(monkeypatch, caplog):
+    monkeypatch.delenv("TOKENFERRY_BACKEND", raising=False)
+    assert doctor._group_of_defaults().passed
+    assert not caplog.records
+    assert not logging.getLogger("tokenferry").disabled
 
 
 FORBIDDEN = """

@@ -8,8 +8,10 @@ import weakref
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tokenferry.compat.deep_ep import Buffer, Config, EventOverlap
+from tokenferry.compat.deep_ep.hybrid_ep_buffer import indices_to_map
 from tokenferry.errors import (
     ArgumentError,
     CapacityError,
@@ -349,6 +351,28 @@ def test_init_can_be_replaced(monkeypatch):
     monkeypatch.setattr(Buffer, "__init__", wrapped)
     check_usable(Buffer(None, 5))
     assert calls == [(None, 5)]
+
+
+def test_calls_inside_of_a_mode_whose_tensors_have_no_values(buffer):
+    """Also those that compare values before they call the group."""
+    arguments = given(buffer)
+    rows, *_, handle, _ = buffer.dispatch(X, **arguments)
+    decoded, _, decode_handle, _, _ = buffer.low_latency_dispatch(X, IDX, M, E, use_fp8=False)
+    for call in (
+        lambda: buffer.get_dispatch_layout(IDX, E),
+        lambda: buffer.dispatch(X, **arguments),
+        lambda: buffer.dispatch(X, handle=handle),
+        lambda: buffer.combine(rows, handle),
+        lambda: buffer.low_latency_dispatch(X, IDX, M, E),
+        lambda: buffer.low_latency_combine(decoded, IDX, WEIGHTS, decode_handle),
+        lambda: indices_to_map(IDX, WEIGHTS, T, E),
+    ):
+        with (
+            FakeTensorMode(allow_non_fake_inputs=True),
+            pytest.raises(ShapeError, match=r"FakeTensorMode.* make the call outside of it"),
+        ):
+            call()
+        call()
 
 
 def test_a_destroyed_buffer_says_so(buffer):

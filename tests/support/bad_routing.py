@@ -32,7 +32,9 @@ def decode_with_bad_experts(rank, pg, pair: Pair, culprit: int) -> None:
         for i, expert in enumerate((*BAD, *BAD_LONG)):
             hook, fp8 = i % 2 == 1, (None, Scale.FLOAT32)[i % 2]
             if rank == culprit:
-                message = r"decode_dispatch: topk_idx\[5, 2\] is -?\d+, expected an expert in \[0, 8\)"
+                message = (
+                    r"decode_dispatch: topk_idx\[5, 2\] is -?\d+( or (more|less))?, expected an expert in \[0, 8\)"
+                )
                 x, routing = with_bad_expert(rank, 5, 2, expert, torch.int64)
                 with pytest.raises(RoutingError, match=message):
                     decode_pair(group, x, routing, fp8, hook)

@@ -38,6 +38,7 @@ MAY_IMPORT = {
         "types",
         "errors",
         "forked",
+        "ambient",
         "topology",
         "layout",
         "formats",
@@ -52,7 +53,7 @@ MAY_IMPORT = {
     "api": {"types", "errors", "ambient", "topology", "options", "resolve", "backends"},
     "__init__": {"types", "errors", "topology", "api"},
     "autograd": {"types", "errors", "layout", "formats", "api"},
-    "nn": {"types", "errors", "topology", "api", "autograd"},
+    "nn": {"types", "errors", "ambient", "topology", "api", "autograd"},
     "compat": {"__init__", "types", "errors", "ambient", "checks", "env", "options", "api"},
     # From compat only the folder of `tokenferry deep-ep-path`.
     "integrations": {"types", "errors", "env", "api", "autograd", "compat"},

@@ -126,6 +126,26 @@ def test_tensors_that_stand_for_others(kind):
         assert group.dispatch(ONES, where).x.shape == (3, 8)
 
 
+def test_calls_inside_of_a_mode_whose_tensors_have_no_values():
+    """Also with tensors that have: what the call makes of them would have none."""
+    where = tokenferry.Routing(torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2))
+    with tokenferry.ExpertGroup(None, tokenferry.MoeShape(4, 2, 8, 64), backend="cpu") as group:
+        sent, decoded = group.dispatch(ONES, where), group.decode_dispatch(ONES, where)
+        for name, call in {
+            "dispatch: x": lambda: group.dispatch(ONES, where),
+            "redispatch: x": lambda: group.redispatch(ONES, sent.plan),
+            "combine: y": lambda: group.combine(sent.x, sent.plan),
+            "decode_dispatch: x": lambda: group.decode_dispatch(ONES, where),
+            "decode_combine: y": lambda: group.decode_combine(decoded.x, decoded.plan),
+        }.items():
+            with (
+                FakeTensorMode(allow_non_fake_inputs=True),
+                pytest.raises(ShapeError, match=f"^{name}: .* make the call outside of it"),
+            ):
+                call()
+            call()
+
+
 def test_tangents_are_not_lost_without_a_word():
     where = tokenferry.Routing(torch.zeros(3, 2, dtype=torch.int64))
     with tokenferry.ExpertGroup(None, tokenferry.MoeShape(4, 2, 8, 64), backend="cpu") as group, dual_level():

@@ -11,7 +11,7 @@ import torch
 from tokenferry.backends.cuda import faults
 from tokenferry.backends.cuda.faults import FlightRecorder, Pinned, Record
 from tokenferry.backends.cuda.signature import Signature
-from tokenferry.errors import MismatchError, PeerTimeout
+from tokenferry.errors import MismatchError, PeerTimeout, RoutingError
 from tokenferry.formats.dtypes import dtype_code
 from tokenferry.kernels.control_block import CAPACITY_WORD, RECORD_WORDS, ROWS_WORD, START_WORD, Fault
 
@@ -54,6 +54,23 @@ def test_plans_that_do_not_fit(word, message):
     error = flight_recorder.explain(Record(Fault.mismatch, 7, 2, word, 5, 6, 2, 0))
     assert isinstance(error, MismatchError)
     assert str(error) == f"combine #7: {message}; use plans of the same dispatch on all ranks"
+
+
+@pytest.mark.parametrize(
+    ("word", "shown"),
+    [
+        (9, "9"),
+        (2**32 - 7, "-7"),
+        (2**31 - 2, "2147483646"),
+        (2**31 - 1, "2147483647 or more"),
+        (2**31, "-2147483648 or less"),
+    ],
+)
+def test_an_index_that_does_not_fit_is_shown_as_a_bound(word, shown):
+    """Kernels write the nearest int32: 4294967297 is reported as 2147483647."""
+    error = FlightRecorder(0).explain(Record(Fault.bad_routing, 7, 1, 3, word, 6, 0, 0))
+    assert isinstance(error, RoutingError)
+    assert str(error).startswith(f"a call: topk_idx[3, 1] is {shown}, expected an expert in [0, 6)")
 
 
 def test_a_call_that_is_no_longer_in_the_flight_recorder():

@@ -1,12 +1,16 @@
 """The exception tree: its branches, and exceptions that are pickled."""
 
+import gc
 import inspect
 import pickle
+import weakref
+from unittest import mock
 
 import pytest
+import torch
 
 import tokenferry
-from tokenferry import errors
+from tokenferry import ExpertGroup, MoeShape, Routing, errors
 
 CLASSES = [c for _, c in inspect.getmembers(errors, inspect.isclass) if issubclass(c, Exception)]
 
@@ -27,6 +31,27 @@ def test_pickle_keeps_everything(kind):
     assert str(again) == str(error)
     assert vars(again) == vars(error)
     assert getattr(again, "errno", None) == getattr(error, "errno", None)
+
+
+def test_a_refused_call_keeps_no_memory():
+    """A program that frees some and tries again with less must not wait for Python's collector."""
+    gc.disable()
+    try:
+        with ExpertGroup(None, MoeShape(2, 1, 16, 4), backend="cpu") as group:
+            sent = group.dispatch(torch.ones(2, 16), Routing(torch.tensor([[0], [1]])))
+
+            def call() -> weakref.ref[torch.Tensor]:
+                activations = torch.zeros(3)
+                with (
+                    mock.patch.object(group._backend, "empty_rows", side_effect=MemoryError),
+                    pytest.raises(errors.ResourceError),
+                ):
+                    group.empty_rows(sent.plan)
+                return weakref.ref(activations)
+
+            assert call()() is None
+    finally:
+        gc.enable()
 
 
 def test_a_timeout_has_the_ranks_that_waited_and_were_missed():

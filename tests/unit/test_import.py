@@ -62,6 +62,25 @@ def test_layers_import_neither_the_compiler_nor_dtensors():
     assert done.stdout == "set()\n"
 
 
+CALLS = """
+import sys, torch, tokenferry, tokenferry.compat.deep_ep
+from tokenferry import ExpertGroup, MoeShape, Routing
+routing = Routing(torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2))
+with ExpertGroup(None, MoeShape(4, 2, 16, 8), backend="cpu") as group:
+    sent = group.dispatch(torch.ones(3, 16), routing)
+    group.combine(sent.x, sent.plan)
+    sent = group.decode_dispatch(torch.ones(3, 16), routing, return_hook=True)
+    sent.hook()
+    group.decode_combine(sent.x, sent.plan)
+print("torch._dynamo" in sys.modules)
+"""
+
+
+def test_calls_do_not_import_the_compiler():
+    done = subprocess.run([sys.executable, "-c", CALLS], capture_output=True, text=True, check=True, timeout=240)
+    assert done.stdout == "False\n"
+
+
 @pytest.mark.parametrize("package", ["autograd", "nn", "compat", "testing", "bench", "cli"])
 def test_does_not_import_what_lies_above_the_api(imported, package):
     assert not [name for name in imported["new"] if name.startswith(f"tokenferry.{package}")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -87,6 +88,7 @@ def findings(*, compiler: bool) -> Iterator[Finding]:
     yield _versions()
     yield from _variables()
     yield _group_of_one()
+    yield _group_of_defaults()
     yield from _ranks()
     yield from doctor_cuda.findings(_gpu_alone, lambda: _on_ranks(over_gpus, devices="cuda"))
     if compiler:
@@ -124,6 +126,21 @@ def _group_of_one() -> Finding:
             return round_trip(group)
 
     return run_check("group of one", attempt, "report it: this needs only torch", required=True)
+
+
+def _group_of_defaults() -> Finding:
+    """Make a group as a program does that leaves everything to the environment, which may name what cannot run here."""
+
+    def attempt() -> str:
+        log = logging.getLogger("tokenferry")
+        before, log.disabled = log.disabled, True  # the line says which backend was chosen, and so does the log
+        try:
+            with ExpertGroup(None, shape_for(1)) as group:
+                return round_trip(group)
+        finally:
+            log.disabled = before
+
+    return run_check("group of defaults", attempt, "programs that name no backend get this error", required=True)
 
 
 def over_gloo(rank: int, pg: dist.ProcessGroup) -> str:

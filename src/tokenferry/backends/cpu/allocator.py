@@ -15,6 +15,8 @@ from collections import deque
 import torch
 from torch import Tensor
 
+from tokenferry.ambient import not_compiled
+
 _LARGE_BYTES = 1 << 18
 """Smaller results come from torch: the C library's allocator reuses their memory by itself."""
 _KEPT_BLOCKS = 12
@@ -48,6 +50,7 @@ class Allocator:
         self._closed = True
         self._free.clear()
 
+    @not_compiled  # runs wherever a program drops a result
     def _put_back(self, block: mmap.mmap) -> None:
         self._free.append(block)
         if self._closed:  # looked up last: another thread may have closed meanwhile

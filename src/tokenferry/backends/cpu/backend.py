@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tokenferry.ambient import not_compiled
 from tokenferry.backends.base import (
     CombineRequest,
     DecodeCombineRequest,
@@ -95,6 +96,7 @@ class CpuBackend:
         """The reason why the group is closed or broken, or None."""
         return self._exchange.broken
 
+    @not_compiled  # a program may read them between calls
     def masked(self) -> frozenset[int]:
         """Ranks that decode calls skip."""
         return frozenset(self._exchange.masked)

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tokenferry.ambient import not_compiled
 from tokenferry.backends.base import DecodeCombineRequest, DecodeDispatchRequest, no_hook, not_received
 from tokenferry.backends.cpu import routing as cpu_routing
 from tokenferry.backends.cpu.allocator import Allocator
@@ -195,9 +196,8 @@ class Decoder:
         """Run the second half of a call now, or return a hook that runs it once."""
         exchange, done = self._exchange, False
 
-        @torch.inference_mode()  # results, `out` and counters may come from inference mode, and be filled outside of it
         @without_autocast
-        def hook() -> None:
+        def finish() -> None:
             nonlocal done
             if done or under_way.aborted:
                 return
@@ -210,6 +210,11 @@ class Decoder:
                     done = True
                     raise
                 done = True
+
+        @not_compiled
+        def hook() -> None:
+            with torch.inference_mode():  # results, `out` and counters may come from it, and be filled outside of it
+                finish()
 
         if return_hook:
             return hook

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from tokenferry.ambient import not_compiled
 from tokenferry.backends.base import Encoding
 from tokenferry.backends.cpu.allocator import Allocator
 from tokenferry.backends.cpu.payload import Outgoing, ReceivedRows
@@ -388,6 +389,7 @@ class Pending:
         self._num_resyncs = exchange.num_resyncs
         self._received = False
 
+    @not_compiled  # runs wherever a program drops a hook
     def __del__(self) -> None:
         if not self._received:  # such as that of a hook that was never called
             self._exchange.forget(self._call)

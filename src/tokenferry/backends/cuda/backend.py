@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tokenferry import tuning
+from tokenferry.ambient import not_compiled
 from tokenferry.backends.base import (
     CallSms,
     CombineRequest,
@@ -146,6 +147,7 @@ class CudaBackend:
         tuned = tuning.tune(shape, tuning.Topology(self.context.num_ranks, self.context.num_sms))
         return CallSms(tuned.dispatch_sms, tuned.combine_sms)
 
+    @not_compiled  # a program may read them between calls
     def masked(self) -> frozenset[int]:
         """Return the ranks that decode calls skip."""
         return self.masks.ranks()

@@ -9,6 +9,7 @@ import logging
 import torch
 from torch import Tensor
 
+from tokenferry.ambient import not_compiled
 from tokenferry.backends.cuda.context import Call, Context
 from tokenferry.errors import CapacityError
 from tokenferry.memory.heap import Block, HeapFull
@@ -29,6 +30,7 @@ class SymmetricAllocator:
         self._end = context.window.base + context.window.num_bytes
         self._reserve = 0
         self._warned = False
+        not_compiled(Block.__del__)  # runs wherever a program drops a result
 
     def expect(self, num_bytes: int) -> None:
         """Note how large the results of dispatches may become: so much stays free, if it is not most of the heap."""

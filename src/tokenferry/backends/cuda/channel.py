@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tokenferry.ambient import not_compiled
 from tokenferry.backends.cuda.context import Call, Context
 from tokenferry.errors import ArgumentError
 
@@ -117,6 +118,7 @@ class Channel:
         self._last.clear()
         self.idle = True
 
+    @not_compiled  # a program calls it as a hook
     def receive(self, pending: PendingRecv) -> None:
         """Enqueue the second half of a call, once.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -411,7 +412,7 @@ class Decoder(Decoding):
 
         pending = PendingRecv(call, receive, tensors)
         channel.sent(pending)
-        return pending, lambda: channel.receive(pending)
+        return pending, partial(channel.receive, pending)
 
 
 def check_limits(shape: MoeShape) -> None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tokenferry.ambient import members_not_compiled
 from tokenferry.backends.base import Encoding
 from tokenferry.backends.cuda.buffers import section_ends
 from tokenferry.backends.cuda.channel import PendingRecv
@@ -295,6 +296,7 @@ def _set_workspace(context: Context, params: Any, workspace: Workspace) -> None:
     params.mask_late = int(context.mask_late)
 
 
+@members_not_compiled
 class LazyDecodePlan(DecodePlan):
     """A decode plan whose tensors are parts of one, made when they are asked for; see `LazyPlan`."""
 
@@ -384,6 +386,7 @@ class LazyDecodePlan(DecodePlan):
         return found
 
 
+@members_not_compiled
 class LazyDecodeDispatched(DecodeDispatched[Any]):
     """The result of a decode dispatch along such a plan."""
 

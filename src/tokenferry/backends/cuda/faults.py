@@ -57,6 +57,7 @@ _LATE: dict[int, str] = {
 """Why a peer is late, by fault."""
 _GONE = (Fault.peer_ended, Fault.peer_closed)
 _MISMATCHES = (Fault.mismatch, Fault.node_mismatch)
+_INT32 = torch.iinfo(torch.int32)
 _OF_THE_ROUTING = (Fault.bad_routing, Fault.too_many_nodes)
 """Faults about a token of this rank, whose records name no other rank."""
 
@@ -245,11 +246,10 @@ class FlightRecorder:
                 f"{peer} reported to rank {self.rank}; call the same on all ranks, in the same order"
             )
         if record.code == Fault.bad_routing:
-            index = seen - (1 << 32) if seen >= 1 << 31 else seen
             return RoutingError(
-                f"{call.phase}: topk_idx[{record.word}, {peer}] is {index}, expected an expert in [0, {expected}), or "
-                f"-1 for an unused slot; the group has num_experts={expected} (found on the device, "
-                f"call #{call.number})"
+                f"{call.phase}: topk_idx[{record.word}, {peer}] is {_index_of(seen)}, expected an expert in "
+                f"[0, {expected}), or -1 for an unused slot; the group has num_experts={expected} (found on the "
+                f"device, call #{call.number})"
             )
         if record.code == Fault.too_many_nodes:
             return RoutingError(
@@ -340,3 +340,9 @@ class FlightRecorder:
         return MismatchError(
             f"{start}: {label} is {mine} on rank {rank} and {other} on rank {peer}; it has to be the same on all ranks"
         )
+
+
+def _index_of(word: int) -> str:
+    """Return the index that a kernel has written into a word as int32, the nearest one if it is int64."""
+    index = word - (1 << 32) if word >= 1 << 31 else word
+    return {_INT32.max: f"{index} or more", _INT32.min: f"{index} or less"}.get(index, str(index))

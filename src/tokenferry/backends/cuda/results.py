@@ -7,8 +7,8 @@ Each of these objects is what its public class says: `dataclasses.replace`, copi
 of that class, with all tensors made. The backend makes them by `object.__new__`, in a third of the time that it takes
 to call a class, and sets their attributes; `_made` is a dictionary, empty at first.
 
-`torch.compile` cannot look into the making of a tensor: a compiled function takes plain objects, such as
-`tokenferry.autograd` makes in a trace, or a copy (`copy.copy`).
+`torch.compile` cannot look into the making of a tensor: it breaks its graph where one is made. A function that is
+compiled as one graph takes plain objects, such as `tokenferry.autograd` makes in a trace, or a copy (`copy.copy`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tokenferry.ambient import members_not_compiled
 from tokenferry.backends.cuda.launch import RowKind, address
 from tokenferry.memory.heap import Block
 from tokenferry.memory.tensor import tensor_at
@@ -144,6 +145,7 @@ class PlanForm:
     device: torch.device
 
 
+@members_not_compiled
 class LazyPlan(Plan):
     """A plan in blocks of the heap."""
 
@@ -316,6 +318,7 @@ class RowLayout(NamedTuple):
     num_bytes: int
 
 
+@members_not_compiled
 class LazyDispatched(Dispatched[Any]):
     """The result of a dispatch or redispatch, in a block of the heap."""
 

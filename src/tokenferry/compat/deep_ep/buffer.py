@@ -49,7 +49,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tokenferry.ambient import without_grad
+from tokenferry.ambient import methods_not_compiled, without_grad
 from tokenferry.api import Connected
 from tokenferry.checks import check_flags
 from tokenferry.compat.deep_ep import config as configs
@@ -113,6 +113,7 @@ class _Layout:
         return len(tensors) == len(self._tensors)
 
 
+@methods_not_compiled
 class Buffer(Connected, LowLatencyCalls):
     """R ranks that send tokens to experts, with the interface of DeepEP's V1 `Buffer`.
 

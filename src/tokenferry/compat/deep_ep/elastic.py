@@ -41,7 +41,7 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor
 
-from tokenferry.ambient import without_grad
+from tokenferry.ambient import methods_not_compiled, without_grad
 from tokenferry.compat.deep_ep.arguments import Rows, check_integer, refuse
 from tokenferry.compat.deep_ep.elastic_arguments import Arguments, Returned
 from tokenferry.compat.deep_ep.elastic_handle import EPHandle
@@ -52,6 +52,7 @@ from tokenferry.compat.deep_ep.utils.event import EventOverlap
 DISPATCH, COMBINE = "ElasticBuffer.dispatch", "ElasticBuffer.combine"
 
 
+@methods_not_compiled
 class ElasticBuffer(ExpertBuffer):
     """R ranks that send tokens to experts, with the interface of DeepEP 2's `ElasticBuffer`.
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from tokenferry.ambient import members_not_compiled
 from tokenferry.api import ExpertGroup
 from tokenferry.compat.deep_ep.arguments import aligned
 from tokenferry.compat.deep_ep.config import round_up
@@ -19,6 +20,7 @@ CPU_NUM_SMS = 20
 """The number of SMs that is reported where there are none: DeepEP's programs expect one."""
 
 
+@members_not_compiled
 class EPHandle(HoldsTensors):
     """A record of one dispatch; not consumed by the calls that use it.
 

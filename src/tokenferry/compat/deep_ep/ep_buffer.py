@@ -24,7 +24,7 @@ from typing import NoReturn
 import torch.distributed as dist
 from torch import Tensor
 
-from tokenferry.ambient import without_grad
+from tokenferry.ambient import methods_not_compiled, without_grad
 from tokenferry.checks import check_flags
 from tokenferry.compat.deep_ep.arguments import Rows, check_integer, refuse
 from tokenferry.compat.deep_ep.elastic_arguments import Arguments, Returned
@@ -41,6 +41,7 @@ Dispatched = tuple[Rows, Tensor | None, Tensor | None, EPHandle]
 """What `EPBuffer.dispatch` delivers, besides its event."""
 
 
+@methods_not_compiled
 class EPBuffer(ExpertBuffer):
     """R ranks that send tokens to experts, with the interface of DeepEP 2.5's `EPBuffer`.
 

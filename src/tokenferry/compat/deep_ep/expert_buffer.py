@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tokenferry.ambient import without_grad
+from tokenferry.ambient import methods_not_compiled, not_compiled, without_grad
 from tokenferry.api import Connected, ExpertGroup
 from tokenferry.checks import check_flags
 from tokenferry.compat.deep_ep import elastic_calls as calls
@@ -39,6 +39,7 @@ _TYPICAL_HIDDEN, _MANY_TOKENS = 7168, 4096
 """Sizes for which SMs are advised if the constructor got none."""
 
 
+@not_compiled
 def get_physical_domain_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
     """Return the number of nodes and of ranks in each. Collective: it makes a group of tokenferry, and closes it."""
     made = ExpertGroup._with_heap(group, heap_bytes=_BYTES_UNIT)
@@ -72,6 +73,7 @@ class Settings:
     explicitly_destroy: bool
 
 
+@methods_not_compiled
 class ExpertBuffer(Connected):
     """The group, the streams and the calls of a buffer for Mixture-of-Experts; a subclass has DeepEP's signatures.
 

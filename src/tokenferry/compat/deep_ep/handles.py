@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar, overload
 
+from tokenferry.ambient import methods_not_compiled
 from tokenferry.compat.deep_ep.streams import HoldsTensors
 
 
+@methods_not_compiled
 class HandleBase(Sequence[Any], HoldsTensors):
     """A sequence that reads like DeepEP's tuple, and whose elements are made when they are read.
 

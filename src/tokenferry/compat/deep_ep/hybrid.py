@@ -34,7 +34,7 @@ from types import SimpleNamespace
 import torch.distributed as dist
 from torch import Tensor
 
-from tokenferry.ambient import without_grad
+from tokenferry.ambient import methods_not_compiled, without_grad
 from tokenferry.api import Connected
 from tokenferry.compat.deep_ep import hybrid_calls as calls
 from tokenferry.compat.deep_ep.arguments import check_integer, detached, height, to_native
@@ -45,6 +45,7 @@ from tokenferry.compat.deep_ep.views import Views
 from tokenferry.types import Quantized
 
 
+@methods_not_compiled
 class HybridEPBuffer(Connected):
     """R ranks that send tokens to experts, with the interface of DeepEP's `HybridEPBuffer`.
 

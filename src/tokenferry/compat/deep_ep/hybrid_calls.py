@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from tokenferry.ambient import methods_not_compiled
 from tokenferry.api import ExpertGroup
 from tokenferry.checks import FLOATS, INDICES, Checks, check_flags, check_plain
 from tokenferry.compat.deep_ep.arguments import check_integer, detached, width
@@ -26,6 +27,7 @@ _TOKENS_PER_EXPERT, _NUM_TOKENS, _OVERFLOW = 7, 8, 10
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+@methods_not_compiled
 class HybridHandle(HandleBase):
     """The handle of a dispatch, not consumed by the calls that use it.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tokenferry.ambient import not_compiled
 from tokenferry.checks import INDICES, Checks
 from tokenferry.compat.deep_ep.arguments import check_integer
 from tokenferry.compat.deep_ep.hybrid import HybridEPBuffer
@@ -13,6 +14,7 @@ from tokenferry.compat.deep_ep.hybrid_calls import map_of, spread
 __all__ = ["HybridEPBuffer", "indices_to_map"]
 
 
+@not_compiled
 def indices_to_map(
     topk_idx: Tensor, topk_weights: Tensor | None, num_of_tokens: int, num_of_experts: int
 ) -> tuple[Tensor, Tensor | None]:

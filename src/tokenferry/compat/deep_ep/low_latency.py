@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from tokenferry.ambient import methods_not_compiled
 from tokenferry.api import ExpertGroup
-from tokenferry.checks import INDICES, Checks, fits
+from tokenferry.checks import INDICES, Checks, check_plain, fits
 from tokenferry.compat.deep_ep.arguments import check_sizes, detached
 from tokenferry.compat.deep_ep.handles import HandleBase
 from tokenferry.compat.deep_ep.views import Views
@@ -27,6 +28,7 @@ _WEIGHTS = (torch.float32,)
 
 
 @dataclass(slots=True, eq=False)
+@methods_not_compiled
 class Handle(HandleBase):
     """The handle of a `dispatch`.
 
@@ -262,6 +264,7 @@ def _check_combine(
 def _is_same_routing(group: ExpertGroup, topk_idx: Tensor, handle: Handle) -> bool:
     """Return whether these are the slots of the dispatch; those of masked ranks, which count for nothing, may be -1."""
     assert handle.topk_idx is not None
+    check_plain("Buffer.low_latency_combine", "topk_idx", topk_idx)
     now, sent = topk_idx.long(), handle.topk_idx.long()
     if torch.equal(now, sent):
         return True

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tokenferry.ambient import without_grad
+from tokenferry.ambient import methods_not_compiled, without_grad
 from tokenferry.api import ExpertGroup
 from tokenferry.checks import Checks, check_flags
 from tokenferry.compat.deep_ep import config as configs
@@ -22,6 +22,7 @@ from tokenferry.errors import ArgumentError, ClosedError
 _OVERLAP_REMEDY = "combine after the experts are done, without the arguments that overlap the two"
 
 
+@methods_not_compiled
 class LowLatencyCalls:
     """The low-latency methods of `Buffer`, which need ``low_latency_mode=True``.
 
@@ -116,7 +117,6 @@ class LowLatencyCalls:
         check_flags(call, mask=mask)
         self._experts.mask(rank_to_mask, masked=bool(mask))
 
-    @torch.inference_mode()  # the caller's tensor may come from it
     def low_latency_query_mask_buffer(self, mask_status: Tensor) -> None:
         """Fill ``mask_status`` ``[R]`` int32 with 1 for each rank that is skipped and 0 for the others. Local.
 
@@ -130,7 +130,8 @@ class LowLatencyCalls:
         self._shrinking(call)
         check = Checks(call, self._experts.device).given("the group", R=self.group_size)
         check.tensor("mask_status", mask_status, "R", (torch.int32,))
-        self._experts._backend.write_masks(mask_status)
+        with torch.inference_mode():  # the caller's tensor may come from it
+            self._experts._backend.write_masks(mask_status)
 
     def low_latency_clean_mask_buffer(self) -> None:
         """Stop skipping all ranks: call `low_latency_update_mask_buffer` with False for each skipped rank. Local.

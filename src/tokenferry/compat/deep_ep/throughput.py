@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tokenferry.checks import INDICES, Checks, fits
+from tokenferry.ambient import methods_not_compiled
+from tokenferry.checks import INDICES, Checks, check_plain, fits
 from tokenferry.compat.deep_ep.arguments import (
     Rows,
     aligned,
@@ -56,6 +57,7 @@ class Options:
 
 
 @dataclass(slots=True, eq=False)
+@methods_not_compiled
 class Handle(HandleBase):
     """The handle of a `dispatch`.
 
@@ -95,6 +97,7 @@ class Handle(HandleBase):
 
 
 @dataclass(slots=True, eq=False)
+@methods_not_compiled
 class InternodeHandle(Handle):
     """The handle of a `dispatch` across nodes; see `Handle`. Programs count its elements from the end, so it has ten.
 
@@ -110,6 +113,7 @@ class InternodeHandle(Handle):
 
 
 @dataclass(slots=True, eq=False)
+@methods_not_compiled
 class TokenLayout(HoldsTensors):
     """The tensors that `Buffer.get_dispatch_layout` returns.
 
@@ -166,6 +170,8 @@ def dispatch(
     num_experts, (num_tokens, hidden) = options.num_experts, (rows.data if isinstance(rows, Quantized) else rows).shape
     if not num_experts or not views.on_gpu or given.in_rank.shape[0] != num_tokens:
         num_experts = _check_layout(views, given, num_tokens, call)
+    if not views.on_gpu:  # where values are compared before they are sent
+        check_plain(call, "is_token_in_rank", given.in_rank)
     if routing is None:
         if num_worst_tokens:
             raise ArgumentError(

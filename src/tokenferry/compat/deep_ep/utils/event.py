@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenferry.ambient import methods_not_compiled
 from tokenferry.compat.deep_ep.current_stream import current_stream
 from tokenferry.errors import ArgumentError
 
 
+@methods_not_compiled
 class EventHandle:
     """A mark behind the work submitted so far to torch's current CUDA stream; on the CPU that work is already done."""
 
@@ -57,6 +59,7 @@ class EventHandle:
         return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
 
 
+@methods_not_compiled
 class EventOverlap:
     """An event, the tensors that must live until it has passed, and a hook to call then. Local; a context manager.
 
