@@ -94,6 +94,23 @@ def test_experts_that_repeat_a_part_of_themselves_are_refused(how, options):
             layer(x)
 
 
+@pytest.mark.parametrize("slots", [[0, 1, 2, 3, 0], [0, 1, 2, 3]], ids=["replicas", "once"])
+def test_experts_that_begin_to_repeat_a_part_of_themselves_are_refused(slots):
+    """With replicas in any forward, else when experts are trained again, or the last step of theirs is another."""
+    with tokenferry.ExpertGroup(None, MoeShape(len(slots), 2, 16, max_tokens=32), backend="cpu") as group:
+        router = PlacedRouter(Router(16, 4, 2), Placement.of(torch.tensor(slots), 1), group)
+        experts = Repeated(len(slots), "not at all").eval()
+        layer, x = MoELayer(group, experts=experts, router=router), torch.randn(9, 16, requires_grad=True)
+        layer(x).sum().backward()
+        layer.experts.how = "reentrant"
+        layer.experts.train(len(slots) == 4)
+        for _ in range(2):
+            with pytest.raises(tokenferry.ConfigError, match="would repeat them"):
+                layer(x)
+        layer.experts.how = "not at all"
+        layer(x).sum().backward()
+
+
 def repeated_in_part(rank: int, pg: dist.ProcessGroup) -> str:
     """Return what backward says to experts of which it repeats a part."""
     with tokenferry.ExpertGroup(pg, MoeShape(4, 2, 16, max_tokens=32), backend="cpu") as group:

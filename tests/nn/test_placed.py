@@ -392,6 +392,50 @@ def test_experts_that_another_layer_needs_where_they_are_stay(shared, own, copie
         torch.testing.assert_close(kept(x), want[0])
 
 
+def reverse_given(layer, given):
+    """Write to the placement with which the layer was made."""
+    given.physical_to_logical.copy_(REVERSED.physical_to_logical)
+
+
+def reverse_returned(layer, given):
+    layer.router.placement.physical_to_logical.copy_(REVERSED.physical_to_logical)
+
+
+@pytest.mark.parametrize("write", [reverse_given, reverse_returned])
+def test_placements_that_are_written_to_place_nothing(write):
+    with group_of_one(4) as group, torch.no_grad():
+        given = Placement.of(torch.arange(4), 1)
+        layer, x = placed(group, router=PlacedRouter(Router(16, 4, 2), given, group)), torch.randn(5, 16)
+        want, up = layer(x), layer.experts.up.clone()
+        write(layer, given)
+        assert torch.equal(layer(x), want)
+        assert layer.router.placement.physical_to_logical.tolist() == [0, 1, 2, 3]
+        rebalance(layer, REVERSED)
+        torch.testing.assert_close(layer(x), want)
+        assert torch.equal(layer.experts.up, up.flip(0))
+
+
+def test_experts_go_where_a_written_placement_says():
+    """Not by half: its tensors say the same only until one of them is written to."""
+    with group_of_one(4) as group, torch.no_grad():
+        layer, x = placed(group), torch.randn(5, 16)
+        want, other = layer(x), Placement.of(torch.arange(4), 1)
+        other.physical_to_logical.copy_(torch.tensor([2, 1, 0, 3]))
+        rebalance(layer, other)
+        torch.testing.assert_close(layer(x), want)
+        other.physical_to_logical[0] = 1
+        with pytest.raises(tokenferry.ConfigError, match="no slot of layer 0 holds expert 2"):
+            rebalance(layer, other)
+        torch.testing.assert_close(layer(x), want)
+
+
+def test_a_placement_loaded_past_autograd_is_seen():
+    with group_of_one(4) as group:
+        layer = placed(group)
+        layer.state_dict()["router._extra_state"].data.copy_(REVERSED.physical_to_logical)
+        assert layer.router.placement.physical_to_logical.tolist() == [3, 2, 1, 0]
+
+
 def test_layers_that_share_experts_and_router_move_together():
     with group_of_one(4) as group, torch.no_grad():
         one = placed(group)
@@ -423,7 +467,7 @@ def test_states_that_cannot_be_moved_are_refused(state, message):
         with pytest.raises(tokenferry.ConfigError, match=message):
             rebalance(layer, NUMBERED, optimizer=optimizer)
         assert torch.equal(layer.experts.up, before)
-        assert layer.router.placement is REVERSED
+        assert layer.router.placement.physical_to_logical.tolist() == [3, 2, 1, 0]
 
 
 def test_an_optimizer_has_all_experts_that_are_trained():

@@ -95,10 +95,21 @@ def test_placements_that_do_not_fit_are_refused_in_one_graph():
                 run(x)
 
 
+OTHERS = ([0, 1, 2, 3, 2, 3], [1, 3, 0, 2, 1, 0], [2, 1, 1, 3, 2, 0])
+"""Placements as SLOTS, each with replicas of other experts than the one before."""
+
+
 @pytest.mark.parametrize(
-    ("slots", "limit"), [(SLOTS, None), (torch.arange(4), GroupLimit(1, 1))], ids=["replicas", "biases"]
+    ("slots", "others", "limit"),
+    [
+        (SLOTS, OTHERS, None),
+        (torch.arange(4), ([3, 0, 1, 2], [3, 2, 1, 0], [1, 0, 2, 3]), GroupLimit(1, 1)),
+        (SLOTS, OTHERS, GroupLimit(1, 1)),
+    ],
+    ids=["replicas", "biases", "both"],
 )
-def test_what_breaks_the_graph_of_training(slots, limit):
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_what_breaks_the_graph_of_training(slots, others, limit, backend):
     """The documents say so; without ``fullgraph`` it is right, also when a placement was loaded in place."""
     shape = MoeShape(len(slots), 2, 16, max_tokens=64)
     with (
@@ -108,11 +119,26 @@ def test_what_breaks_the_graph_of_training(slots, limit):
         layer, x = made(group, slots, limit), torch.randn(9, 16)
         with pytest.raises(TorchDynamoException):
             torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
-        compiled = torch.compile(layer, backend="aot_eager")
-        for how in ("rebalance", "in place"):
-            put(layer, slots.flip(0), how)
+        compiled = torch.compile(layer, backend=backend)
+        trained_as_eagerly(layer, compiled, x)
+        for how, other in zip(("in place", "rebalance", "in place"), others, strict=True):
+            put(layer, torch.tensor(other), how)
             eager = trained_as_eagerly(layer, compiled, x)
             if limit is not None:
                 for one in (eager, layer):
                     update_biases(one, rate=0.25)
                 assert torch.equal(layer.choice.bias, eager.choice.bias)
+
+
+def test_steps_after_a_move_are_not_compiled_again():
+    with tokenferry.ExpertGroup(None, MoeShape(4, 2, 16, max_tokens=64), backend="cpu") as group:
+        layer, x = made(group, torch.arange(4), GroupLimit(1, 1)), torch.randn(9, 16)
+        compiled = torch.compile(layer, backend="aot_eager")
+        compiled(x).sum().backward()
+        rebalance(layer, Placement.of(torch.tensor([3, 2, 1, 0]), 1))
+        for _ in range(2):  # of which the second finds a load that was counted
+            compiled(x).sum().backward()
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for _ in range(3):
+                compiled(x).sum().backward()
+        assert [held for held, _ in layer.take_loads()] == [[0, 1, 2, 3], [3, 2, 1, 0]]

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from tokenferry.errors import ArgumentError
+from tokenferry.errors import ArgumentError, ConfigError
 from tokenferry.nn.balance.placement import Placement
 from tokenferry.nn.balance.routing import PlacedRouter
 from tokenferry.nn.layer import MoELayer
-from tokenferry.nn.sharding import local_part, local_with_gradient, sharded
+from tokenferry.nn.sharding import local_part, local_with_gradient
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor.placement_types import Placement as Placed
 
 
 @torch.no_grad()
@@ -44,6 +46,7 @@ def clip_grad_norm_(
 
     Raises:
         ArgumentError: ``model`` is no module, ``norm_type`` is not above 0, or ``max_norm`` is below 0.
+        ConfigError: a tool has sharded experts that have replicas otherwise than by ``Shard``.
         RuntimeError: torch's, for a norm that is not finite, with ``error_if_nonfinite``. Nothing was scaled.
 
     Example:
@@ -82,23 +85,59 @@ def _redundant_placements(model: nn.Module) -> dict[nn.Parameter, Placement]:
     """Return the parameters of experts of which some have replicas, with the placement of each."""
     routers = {layer: layer.router for layer in model.modules() if isinstance(layer, MoELayer)}
     return {
-        parameter: router.placement
+        parameter: router.current()
         for layer, router in routers.items()
-        if isinstance(router, PlacedRouter) and router.placement.is_redundant
+        if isinstance(router, PlacedRouter) and router.is_redundant
         for parameter in layer.expert_parameters()
     }
 
 
 def _norms_of_experts(grad: Tensor, placement: Placement, norm_type: float) -> Tensor:
-    """Return ``[P]``, sharded as the gradient ``[P, ...]``: the norm of each expert in its first slot, and else 0."""
-    part, mesh = local_part(grad), getattr(grad, "device_mesh", None)
-    width = part.shape[0]
-    begin = 0 if mesh is None else mesh.get_local_rank() * width
-    here = [slot - begin for slot in placement.logical_to_physical[:, 0].tolist() if begin <= slot < begin + width]
-    found = torch.linalg.vector_norm(part.reshape(width, -1), norm_type, dim=1)
-    norms = torch.zeros_like(found)
-    norms[here] = found[here]
-    return norms if mesh is None else sharded(norms, mesh)
+    """Return norms for a gradient ``[P, ...]``, sharded alike: those of each expert in its first slot, and else 0."""
+    part, first = local_part(grad), placement.logical_to_physical[:, 0].tolist()
+    begin = 0 if part is grad else _first_slot(grad)
+    here = [slot - begin for slot in first if begin <= slot < begin + part.shape[0]]
+    # One for what this rank has of each slot, which need not be all of it.
+    norms = part.new_zeros(part.shape[0], *[1] * (part.ndim - 1))
+    if here and part.numel():
+        rest = tuple(range(1, part.ndim))
+        found = torch.linalg.vector_norm(part, norm_type, dim=rest, keepdim=True) if rest else part.abs()
+        norms[here] = found[here]
+    return norms if part is grad else _sharded_alike(norms, grad)
+
+
+def _first_slot(grad: Tensor) -> int:
+    """Return the first slot of which this rank has a part, which may be fewer than others have. Local."""
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements = _layout(grad)
+    if any(type(one) not in (Replicate, Shard) for one in placements):
+        raise ConfigError(
+            f"clip_grad_norm_: model: gradients of experts with replicas are placed as {placements}; expected Shard "
+            "and Replicate only"
+        )
+    _, offsets = compute_local_shape_and_global_offset(grad.shape, mesh, placements)
+    return offsets[0]
+
+
+def _sharded_alike(norms: Tensor, grad: Tensor) -> Tensor:
+    """Return the tensor of which each rank has such a part, with a number for each part of a slot. Local."""
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = _layout(grad)
+    shape = [grad.shape[0], *[1] * (grad.ndim - 1)]
+    for size, one in zip(mesh.shape, placements, strict=True):
+        dim = getattr(one, "dim", 0)
+        shape[dim] *= size if dim else 1
+    stride = torch.empty(shape, device="meta", dtype=norms.dtype).stride()
+    return DTensor.from_local(norms, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+
+
+def _layout(tensor: Tensor) -> tuple[DeviceMesh, Sequence[Placed]]:
+    """Return the mesh of a DTensor, and how it is placed there."""
+    dtensor: Any = tensor
+    return dtensor.device_mesh, dtensor.placements
 
 
 def _whole(norm: Tensor) -> Tensor:

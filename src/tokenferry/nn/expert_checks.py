@@ -72,6 +72,12 @@ refuse_unequal._torchdynamo_disable = True  # type: ignore[attr-defined]
 refuse_late._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
+def buffers_by_expert(group: ExpertGroup, experts: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers with a row for each of the L experts of this rank, as parameters have it. Local."""
+    found = experts.named_buffers()
+    return {name: buffer for name, buffer in found if buffer.ndim > 0 and buffer.shape[0] == group.num_local_experts}
+
+
 def check_experts(group: ExpertGroup, experts: nn.Module) -> None:
     """Raise ConfigError if a rank could not hold its own part of these experts, or could not save it. Local.
 
@@ -102,5 +108,6 @@ def check_experts(group: ExpertGroup, experts: nn.Module) -> None:
     if saved:
         raise ConfigError(
             f"MoELayer: experts: expected no buffers in the state_dict, got {sorted(saved)}; of several ranks only "
-            "one's would be saved: make them parameters, or register them with persistent=False"
+            "one's would be saved: make them parameters, with the L experts of this rank as the first dimension, or "
+            "register them with persistent=False; rebalance moves a row for each expert, [L, ...], and nothing else"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
@@ -12,7 +12,7 @@ from tokenferry.api import ExpertGroup
 from tokenferry.errors import ConfigError
 from tokenferry.nn.grouped import Product, by_expert
 from tokenferry.nn.seeds import FIRST_EXPERT_STREAM, generator, normal
-from tokenferry.nn.sharding import local_part
+from tokenferry.nn.sharding import fill, local_part
 
 
 class SeededExperts(nn.Module):
@@ -46,22 +46,57 @@ class SeededExperts(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the parameters from the seed: the experts as they were made.
 
-        Contract: local. Parameters on the meta device stay without values.
+        Contract: local. Parameters on the meta device stay without values. What was added since the experts were made,
+        such as adapters, is left as it is. Of a parameter that torch's ``parametrize`` computes, the original is drawn.
+
+        Raises:
+            ConfigError: a parameter is computed from several tensors, or is there no more. Nothing was drawn.
         """
-        weights = [local_part(weight) for weight in self.parameters()]
-        if weights[0].device.type == "meta":
+        weights = self._drawn_parameters()
+        parts = [local_part(weight) for weight in weights]
+        if parts[0].device.type == "meta":
+            return
+        size = len(self.numbers)
+        if any(part.shape != (size, *weight.shape[1:]) for part, weight in zip(parts, weights, strict=True)):
+            # A tool has sharded the experts of this rank, such as FSDP2 those of a group of one rank.
+            for i, weight in enumerate(weights):
+                fill(weight, torch.stack([list(self._draws(number, weights))[i] for number in self.numbers]))
             return
         for i, number in enumerate(self.numbers):
-            draws = generator(type(self).__name__, self.seed, FIRST_EXPERT_STREAM + number)
-            for weight in weights:
-                inner, outer = weight.shape[1:]
-                weight[i].copy_(normal(draws, inner, outer) * inner**-0.5)
+            for part, values in zip(parts, self._draws(number, weights), strict=True):
+                part[i].copy_(values)
+
+    def _draws(self, number: int, weights: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Yield what belongs to an expert in each of the parameters."""
+        draws = generator(type(self).__name__, self.seed, FIRST_EXPERT_STREAM + number)
+        for weight in weights:
+            inner, outer = weight.shape[1:]
+            yield normal(draws, inner, outer) * inner**-0.5
+
+    def drawn_names(self) -> dict[str, str | None]:
+        """Return what the parameters that `reset_parameters` draws are called now, in its order; None: none is left."""
+        own = {name for name, _ in self.named_parameters()}
+        return {
+            weight: next((name for name in (weight, f"parametrizations.{weight}.original") if name in own), None)
+            for weight in self.drawn
+        }
+
+    def _drawn_parameters(self) -> list[nn.Parameter]:
+        found = []
+        for weight, name in self.drawn_names().items():
+            if name is None:
+                raise ConfigError(
+                    f"{type(self).__name__}: reset_parameters: {weight} is no parameter any more, nor computed from "
+                    "one tensor alone; draw the experts first, and change what they are made of afterwards"
+                )
+            found.append(self.get_parameter(name))
+        return found
 
 
 def seeded_names(experts: nn.Module) -> tuple[str, ...]:
     """Return the parameters that `SeededExperts.reset_parameters` draws alike on all ranks that hold an expert."""
     if isinstance(experts, SeededExperts) and type(experts).reset_parameters is SeededExperts.reset_parameters:
-        return experts.drawn
+        return tuple(name for name in experts.drawn_names().values() if name is not None)
     return ()
 
 

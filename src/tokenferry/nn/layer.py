@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tokenferry import autograd
+from tokenferry.ambient import not_compiled
 from tokenferry.api import ExpertGroup
 from tokenferry.autograd.local_parts import trained_part
 from tokenferry.errors import ConfigError, ShapeError
@@ -63,7 +64,8 @@ class MoELayer(nn.Module):
         experts: A module, called as ``experts(rows, offsets)``: ``[n, H]`` rows grouped by expert, and ``[L + 1]``
             int32, the first row of each expert, then the end. It returns ``[n, H]``, a row for each row. All of its
             parameters have the L experts of this rank as their first dimension; when it is called, they are tensors of
-            that size, in the dtype of the rows, whatever they are in the layer. It has no buffers in its state_dict.
+            that size, in the dtype of the rows, whatever they are in the layer. It has no buffers in its state_dict;
+            others have the L experts first, too, or 1 if they are the same for all.
         router: A module that maps ``[T, H]`` to a `Routing` with weights; None: `Router` with softmax, on the group's
             device. A `Router` has the group's H, E and K, and must not be able to choose more nodes than
             ``MoeShape.max_nodes``, which takes a `GroupLimit` if that is few; other routers are checked in each call.
@@ -136,7 +138,7 @@ class MoELayer(nn.Module):
         self.same_experts: SameExperts | None = None
         self.told = False
         self.unequal = ""
-        self._checked = 0  # the experts whose graph was looked at
+        self._checked = (0, False, "")  # the experts whose graph was looked at, and how they were
         mesh = expert_mesh(group)
         if mesh is not None:
             self.place_experts(mesh)
@@ -195,10 +197,8 @@ class MoELayer(nn.Module):
             found: Tensor = torch.func.functional_call(
                 self.experts, dict(zip(names, values, strict=True)), (rows, offsets)
             )
-            # Once, since it takes time, and experts repeat what they repeat in every forward.
-            if not torch.compiler.is_compiling() and found.grad_fn is not None and self._checked != id(self.experts):
-                check_graph(found, rows, values)
-                self._checked = id(self.experts)
+            if not torch.compiler.is_compiling() and found.grad_fn is not None:
+                self._check_graph(found, rows, values)
             return found
 
         if not self.options.checkpoint_experts:
@@ -206,13 +206,25 @@ class MoELayer(nn.Module):
         again: Tensor = checkpoint(compute, rows, offsets, *parameters.values(), use_reentrant=False)
         return again
 
+    def _check_graph(self, found: Tensor, rows: Tensor, values: tuple[Tensor, ...]) -> None:
+        """Raise ConfigError if backward would repeat a part of the experts.
+
+        It takes time: only if it may have changed what experts repeat, or if nothing but this would notice.
+        """
+        assert found.grad_fn is not None
+        state = id(self.experts), self.experts.training, found.grad_fn.name()
+        redundant = isinstance(self.router, PlacedRouter) and self.router.is_redundant
+        if redundant or self._checked != state:
+            check_graph(found, rows, values)
+            self._checked = state
+
     def _cast(self, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the rows, and this rank's part of the experts' parameters, as they compute: under autocast, cast."""
         num_ranks = self.group.num_ranks
         parts = self._local_experts()
         # A placement that nobody asks for can change without compiling again.
         if torch.is_grad_enabled() and isinstance(self.router, PlacedRouter) and self.router.is_redundant:
-            parts = share_gradients(self.group, self.router.placement, parts)
+            parts = share_gradients(self.group, self.router.current(), parts)
         parts = {name: averaged_gradient(part, num_ranks, self.same_experts) for name, part in parts.items()}
         dtypes = {part.dtype for part in parts.values()} & {*NARROW, torch.float32, torch.float64}
         narrow = autocast_dtype(rows.device.type)
@@ -232,11 +244,16 @@ class MoELayer(nn.Module):
         self.expert_counts = expert_counts
         # No buffer: DistributedDataParallel would give every rank that of rank 0.
         if self.training and self.has_bias and not recomputing():
-            placement = self.router.placement if isinstance(self.router, PlacedRouter) else None
-            if placement is not self._load_by:
-                self._put_load_aside()
-                self._load_by = placement
+            if isinstance(self.router, PlacedRouter):
+                self._count_by(self.router.current())
             self._load = expert_counts.long() if self._load is None else self._load + expert_counts
+
+    @not_compiled  # compiled code does not see that one placement is another
+    def _count_by(self, placement: Placement) -> None:
+        """Let what is counted from now on be the load of this placement."""
+        if placement is not self._load_by:
+            self._put_load_aside()
+            self._load_by = placement
 
     def _put_load_aside(self) -> None:
         """Keep the load that was counted by another placement than that of now, with the experts that had it."""
@@ -252,7 +269,7 @@ class MoELayer(nn.Module):
     @property
     def held_experts(self) -> list[int]:
         """``[L]``: the logical expert in each slot of this rank."""
-        return self._held(self.router.placement if isinstance(self.router, PlacedRouter) else None)
+        return self._held(self.router.current() if isinstance(self.router, PlacedRouter) else None)
 
     def _held(self, placement: Placement | None) -> list[int]:
         first = self.group.rank * self.group.num_local_experts
@@ -320,9 +337,13 @@ class MoELayer(nn.Module):
         return list(self.experts.parameters())
 
     def replicated_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters of which every rank has a copy: average their gradients over the ranks."""
-        mine = {id(parameter) for parameter in self.expert_parameters()}
-        return [parameter for parameter in self.parameters() if id(parameter) not in mine]
+        """Return the parameters of which every rank has a copy: average their gradients over the ranks.
+
+        Those of all experts are left out, also of a `MoELayer` inside of this one, such as a shared module.
+        """
+        layers = [module for module in self.modules() if isinstance(module, MoELayer)]
+        spread = {parameter for layer in layers for parameter in layer.expert_parameters()}
+        return [parameter for parameter in self.parameters() if parameter not in spread]
 
 
 def _refuse_other_experts(experts: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
@@ -389,7 +410,7 @@ def _check_router(group: ExpertGroup, router: Callable[[Tensor], Routing]) -> No
         return
     wanted, whose = shape.num_experts, "the group"
     if isinstance(router, PlacedRouter):
-        wanted, whose = router.placement.num_experts, "the placement"
+        wanted, whose = router.current().num_experts, "the placement"
     num_experts, hidden = chooser.weight.shape
     if (num_experts, hidden, chooser.top_k) != (wanted, shape.hidden, shape.top_k):
         raise ConfigError(

@@ -27,7 +27,8 @@ def auxiliary_losses(model: nn.Module) -> RouterLosses:
         model: A module with at least one `Router` with ``RouterOptions(losses=True)``.
 
     Raises:
-        ConfigError: there is no such router; one of them has no losses, since it has not run since they were last
+        ConfigError: there is no such router; one of them is that of several layers, of which it would return the losses
+            of one; one of them has no losses, since it has not run since they were last
             taken; or its losses have no graph, though gradients are enabled: it ran under ``torch.no_grad()``, or in
             ``checkpoint(use_reentrant=True)``, which runs forward without a graph. There, use the other kind.
     """
@@ -38,8 +39,15 @@ def auxiliary_losses(model: nn.Module) -> RouterLosses:
         raise ConfigError(
             "auxiliary_losses: model: expected a Router with RouterOptions(losses=True), found none; make one with it"
         )
+    choices = [layer.choice for layer in model.modules() if isinstance(layer, MoELayer)]
     found = []
     for name, router in routers.items():
+        if choices.count(router) > 1:
+            raise ConfigError(
+                f"auxiliary_losses: {name or 'model'!r} is the router of {choices.count(router)} layers, and has the "
+                "losses of the last one only; give each layer a Router of its own, which may share the weight: "
+                "other.weight = router.weight"
+            )
         if router.losses is None:
             raise ConfigError(
                 f"auxiliary_losses: {name or 'model'!r} has no losses; call forward before each call of this"
@@ -61,7 +69,7 @@ def update_biases(model: nn.Module, *, rate: float = 0.001) -> None:
     """Call `Router.update_bias` for all layers of a model, with the loads of all ranks since the last call.
 
     The balancing without an auxiliary loss of DeepSeek-V3 (arXiv 2412.19437, section 2.1.2). Call it after each step of
-    the optimizer.
+    the optimizer. A router that several layers share takes one step, for the sum of their loads.
 
     Contract: collective, one all-reduce over each process group, and one over the ranks with the same experts that
     `parallelize` was told of; every rank gets the same biases. Loads are those of forward passes in training mode; a
@@ -87,6 +95,7 @@ def update_biases(model: nn.Module, *, rate: float = 0.001) -> None:
     for name, layer in layers.items():
         _check_counted(model, name, layer)
         by_group.setdefault(_groups(layer), []).append(layer)
+    totals: dict[Router, Tensor] = {}
     for groups, members in by_group.items():
         flat = torch.cat([_load(layer) for layer in members])
         for group in groups:
@@ -94,7 +103,9 @@ def update_biases(model: nn.Module, *, rate: float = 0.001) -> None:
         loads = flat.split([_bias(layer).numel() for layer in members])  # type: ignore[no-untyped-call]
         for layer, load in zip(members, loads, strict=True):
             assert isinstance(layer.choice, Router)
-            layer.choice.update_bias(load, rate=rate)
+            totals[layer.choice] = load + totals.get(layer.choice, 0)
+    for router, load in totals.items():  # one step each, also of a router that several layers share
+        router.update_bias(load, rate=rate)
 
 
 def _check_counted(model: nn.Module, name: str, layer: MoELayer) -> None:

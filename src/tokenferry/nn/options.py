@@ -59,7 +59,7 @@ class LayerOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterOptions:
-    """Options of a `Router` that concern the load of the experts; the same on every rank.
+    """Options of a `Router`: how weights are made of scores, and the load of the experts; the same on every rank.
 
     Args:
         losses: Compute auxiliary losses in each forward; `auxiliary_losses` returns them.
@@ -67,15 +67,21 @@ class RouterOptions:
             ``T * K / E``, rounded up. As in GShard (arXiv 2006.16668, algorithm 1) first choices come before second
             ones, and then earlier tokens before later ones. Weights that stay are not changed. None: nothing is
             dropped.
+        normalize: Divide the weights of a token by their sum. With one choice per token (``top_k=1``) that makes every
+            weight 1, so that the task has no gradient for the router: there pass False, for the probability itself, as
+            in the Switch Transformer (arXiv 2101.03961).
 
     Raises:
-        ConfigError: ``capacity_factor`` is not a positive number.
+        ConfigError: ``capacity_factor`` is not a positive number, or ``normalize`` no bool.
     """
 
     losses: bool = False
     capacity_factor: float | None = None
+    normalize: bool = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.normalize, bool):
+            raise ConfigError(f"RouterOptions: normalize: expected a bool, got {self.normalize!r}")
         factor = self.capacity_factor
         is_number = isinstance(factor, int | float) and not isinstance(factor, bool)
         if factor is not None and not (is_number and factor > 0 and math.isfinite(factor)):

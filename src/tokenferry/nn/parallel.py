@@ -26,7 +26,8 @@ def parallelize(
 ) -> set[nn.Parameter]:
     """Make DistributedDataParallel leave the experts of a model alone, and return them, for FSDP2 to do the same.
 
-    Both tools would give every rank the experts of rank 0; without this call both raise instead.
+    Both tools would give every rank the experts of rank 0; without this call both raise instead. Buffers of the experts
+    are left alone, too, which DistributedDataParallel would overwrite in each forward.
 
         experts = parallelize(model, mesh)
         model = DistributedDataParallel(model)                      # one of the two
@@ -41,10 +42,10 @@ def parallelize(
         fully_shard(model, mesh=mesh, ignored_params=experts)       # or DistributedDataParallel(model)
 
     Contract: local, without ``replicate``; with a mesh or a process group there collective over these ranks, which get
-    the experts of the first of them, as DistributedDataParallel does it with the rest. Replaces the parameters if
-    ``mesh`` is another than theirs: call it before the optimizer is made, and before hooks are registered, on every
-    rank. Gradients and attributes of parameters are kept, and parameters that are one stay one. What
-    DistributedDataParallel was told to ignore before stays ignored. If it raises, nothing was changed.
+    the experts of the first of them, with their buffers, as DistributedDataParallel does it with the rest. Replaces the
+    parameters if ``mesh`` is another than theirs: call it before the optimizer is made, and before hooks are
+    registered, on every rank. Gradients and attributes of parameters are kept, and parameters that are one stay one.
+    What DistributedDataParallel was told to ignore before stays ignored. If it raises, nothing was changed.
 
     It may be called again, also after the tool: then without ``replicate`` layers keep what they were told, and the
     ranks get the same experts again. Experts on the meta device need that if they are not ours, which are drawn alike
@@ -105,6 +106,8 @@ def parallelize(
         for name, parameter in named.items()
         if parameter in experts
     }
+    buffers = {buffer for layer in spread.values() for buffer in layer.experts.buffers()}
+    names.update(name for name, buffer in model.named_buffers(remove_duplicate=False) if buffer in buffers)
     names.update(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
     ignore = nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
     ignore(model, sorted(names))  # type: ignore[no-untyped-call]
@@ -118,10 +121,11 @@ def _share(layer: MoELayer) -> list[str]:
     """
     if layer.same_experts is None:
         return []
-    for parameter in layer.expert_parameters():
-        layer.same_experts.share(parameter)
     drawn = seeded_names(layer.experts)
-    return [name for name, value in layer.experts.named_parameters() if value.is_meta and name not in drawn]
+    tensors = {**dict(layer.experts.named_parameters()), **dict(layer.experts.named_buffers())}
+    for tensor in tensors.values():
+        layer.same_experts.share(tensor, layer.group.device)
+    return [name for name, value in tensors.items() if value.is_meta and name not in drawn]
 
 
 def _check_told(name: str, layer: MoELayer, *, told: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -80,7 +81,13 @@ def softmax_topk(logits: Tensor, top_k: int, *, normalize: bool = True) -> Routi
 
 
 def group_limited_topk(
-    logits: Tensor, top_k: int, limit: GroupLimit, *, bias: Tensor | None = None, scale: float = 1.0
+    logits: Tensor,
+    top_k: int,
+    limit: GroupLimit,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    normalize: bool = True,
 ) -> Routing:
     """Choose experts from few groups only, with sigmoid scores and a bias that steers the choice but not the weights.
 
@@ -101,7 +108,8 @@ def group_limited_topk(
         top_k: Choices per token, K <= top_groups * E / num_groups.
         limit: The number of groups, and how many of them a token may use; ``GroupLimit(1, 1)`` for no limit.
         bias: ``[E]`` floating point, or None; it gets no gradient.
-        scale: The sum of a token's weights.
+        scale: The sum of a token's weights, or what they are multiplied by without ``normalize``.
+        normalize: Divide a token's weights by their sum, before ``scale``.
 
     Returns:
         Routing: ``topk_idx`` ``[T, K]`` int64, best biased score first, and ``topk_weights`` ``[T, K]`` float32.
@@ -134,7 +142,9 @@ def group_limited_topk(
         kept = torch.zeros_like(value, dtype=torch.bool).scatter_(1, _largest(value, top_groups), True)
         choice = grouped.masked_fill(~kept.unsqueeze(-1), -torch.inf).flatten(1)
     topk_idx, weights = _chosen(scores, choice, top_k)
-    return Routing(topk_idx, (weights / _divisor(weights) * scale).float())
+    if normalize:
+        weights = weights / _divisor(weights)
+    return Routing(topk_idx, (weights * scale).float())
 
 
 class Router(nn.Module):
@@ -152,8 +162,10 @@ class Router(nn.Module):
         num_experts: Number of experts, E.
         top_k: Choices per token, K.
         group_limit: The limit of `group_limited_topk`, with a bias per expert; None to use `softmax_topk`.
-        scale: The sum of a token's weights (`group_limited_topk` only).
-        options: Auxiliary losses and capacity; None: `RouterOptions` as they are by default.
+        scale: The sum of a token's weights, if they are normalised, else a factor (`group_limited_topk` only).
+        options: Auxiliary losses, capacity, and whether weights are normalised; None: `RouterOptions` as they are by
+            default. With ``top_k=1`` normalised weights are 1 whatever the router computes, so that it learns nothing
+            from the task: a warning says so, unless there are auxiliary losses.
         seed: Seed of the weight, in 0 .. 2^40 - 1; the same on every rank.
 
     Attributes:
@@ -205,7 +217,7 @@ class Router(nn.Module):
         _in_range("Router", "top_k", top_k, most)
         if group_limit is None and scale != 1.0:
             raise ConfigError(
-                f"Router: scale={scale} needs group_limit, e.g. GroupLimit(1, 1); softmax weights add up to 1"
+                f"Router: scale={scale} needs group_limit, e.g. GroupLimit(1, 1); softmax weights are not scaled"
             )
         if options is not None and not isinstance(options, RouterOptions):
             raise ConfigError(f"Router: options: expected a RouterOptions or None, got {type(options).__name__}")
@@ -213,6 +225,7 @@ class Router(nn.Module):
         self.group_limit = group_limit
         self.scale = scale
         self.options = RouterOptions() if options is None else options
+        self._warn_of_constant_weights(num_experts)
         self.seed = seed
         self.losses: RouterLosses | None = None
         self.dropped: Tensor | None = None
@@ -221,6 +234,14 @@ class Router(nn.Module):
         bias = None if group_limit is None else torch.empty(num_experts, dtype=torch.float32, device=device)
         self.register_buffer("bias", bias)
         self.reset_parameters()
+
+    def _warn_of_constant_weights(self, num_experts: int) -> None:
+        if self.top_k == 1 < num_experts and self.options.normalize and not self.options.losses:
+            warnings.warn(
+                "Router: top_k=1 with weights that are divided by their sum: each weight is 1, so that training has no "
+                "gradient for this router; pass options=RouterOptions(normalize=False)",
+                stacklevel=3,
+            )
 
     def reset_parameters(self) -> None:
         """Draw the weight from the seed, and set the bias to 0: the router as it was made.
@@ -238,9 +259,16 @@ class Router(nn.Module):
         rows = _wide(x)
         logits = product(rows, self.weight.to(rows.dtype).T)
         if self.group_limit is None:
-            routing = softmax_topk(logits, self.top_k)
+            routing = softmax_topk(logits, self.top_k, normalize=self.options.normalize)
         else:
-            routing = group_limited_topk(logits, self.top_k, self.group_limit, bias=self.bias, scale=self.scale)
+            routing = group_limited_topk(
+                logits,
+                self.top_k,
+                self.group_limit,
+                bias=self.bias,
+                scale=self.scale,
+                normalize=self.options.normalize,
+            )
         # A checkpointed part is repeated in backward: it must compute the same, but what nobody asks for would only
         # keep its activations alive.
         keep = not recomputing()

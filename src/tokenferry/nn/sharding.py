@@ -52,11 +52,14 @@ class SameExperts:
         """How many they are."""
         return self.group.size()
 
-    def share(self, parameter: nn.Parameter) -> None:
-        """Give a parameter of these ranks the values that it has on the first of them, if it has some. Collective."""
-        part = local_part(parameter).detach()
+    def share(self, tensor: Tensor, device: torch.device) -> None:
+        """Give a tensor of these ranks the values that it has on the first of them, if it has some.
+
+        Contract: collective. Values travel from and to ``device``, since not all buffers need be where experts are.
+        """
+        part = local_part(tensor).detach()
         if not part.is_meta:
-            values = part.contiguous()
+            values = part.to(device).contiguous()
             dist.broadcast(values, group_src=0, group=self.group)
             part.copy_(values)
 

@@ -18,6 +18,7 @@ from tokenferry.nn.balance.carrier import carried_on
 from tokenferry.nn.balance.placement import Placement
 from tokenferry.nn.balance.routing import PlacedRouter
 from tokenferry.nn.balance.sharers import check_sharers
+from tokenferry.nn.expert_checks import buffers_by_expert
 from tokenferry.nn.sharding import local_part
 from tokenferry.topology import node_of_ranks
 
@@ -52,7 +53,9 @@ def rebalance(layer: MoELayer, placement: Placement, *, optimizer: torch.optim.O
         In place: parameters stay the same objects, so optimizers, FSDP2 and CUDA graphs go on with them. Experts that
             stay in their slot are not touched; others cost their bytes on the way, and memory for those of one
             parameter at a time.
-        Gradients that exist are moved as well. A moving average of the layer is a layer of its own, to be rebalanced.
+        Gradients that exist are moved as well, and buffers of the experts with their L as the first dimension. Other
+            buffers have to be the same for all experts: a single number, or with 1 as their first dimension.
+        A moving average of the layer is a layer of its own, to be rebalanced.
         Outputs before and after differ by rounding only: by the order of sums.
 
     Args:
@@ -63,8 +66,8 @@ def rebalance(layer: MoELayer, placement: Placement, *, optimizer: torch.optim.O
 
     Raises:
         ConfigError: the router is not a `PlacedRouter`, another layer shares it or the experts but not both, the
-            placement does not fit, or the optimizer lacks parameters of the experts, or keeps a state that does not
-            belong to single experts.
+            placement does not fit, a buffer of the experts has another first dimension than L or 1, or the optimizer
+            lacks parameters of the experts, or keeps a state that does not belong to single experts.
         ArgumentError: ranks passed different placements, parameters or states. Nothing was moved.
     """
     router = layer.router
@@ -73,9 +76,10 @@ def rebalance(layer: MoELayer, placement: Placement, *, optimizer: torch.optim.O
             f"rebalance: layer: expected a router that is a PlacedRouter, got {type(router).__name__}; pass "
             "MoELayer(..., router=PlacedRouter(router, placement, group))"
         )
-    old = router.placement
-    tensors, error = [], None
+    old = router.current()
+    tensors, error, new = [], None, placement
     try:
+        new = placement.copy()  # checked: somebody may have written to its tensors
         check_sharers(layer)
         for name, parameter in layer.experts.named_parameters():
             # Not the part of a detached DTensor, whose version is another: backward of an earlier forward has to raise.
@@ -84,10 +88,11 @@ def rebalance(layer: MoELayer, placement: Placement, *, optimizer: torch.optim.O
                 tensors.append(parameter.grad)
             if optimizer is not None:
                 tensors += _state_of(name, parameter, optimizer)
+        tensors += _buffers_of(layer)
     except TokenferryError as found:
         error = found
-    _move(layer.group, tensors, old, placement, error)
-    router.place(placement)
+    _move(layer.group, tensors, old, new, error)
+    router.place(new)
 
 
 def move_experts(group: ExpertGroup, tensors: Sequence[Tensor], old: Placement, new: Placement) -> None:
@@ -126,6 +131,19 @@ def _move(
     moves = list(_moves(old, new, node_of_ranks(group.topology.nodes)))
     for part in parts:
         _move_part(group, part, moves)
+
+
+def _buffers_of(layer: MoELayer) -> list[Tensor]:
+    """Return the buffers of the experts of a layer that have a row for each of them."""
+    found = buffers_by_expert(layer.group, layer.experts)
+    for name, buffer in layer.experts.named_buffers():
+        if name not in found and buffer.shape[:1] not in ((), (1,)):
+            raise ConfigError(
+                f"rebalance: layer: the buffer {name} of its experts is {list(buffer.shape)}, and cannot be moved by "
+                f"expert; give it the L={layer.group.num_local_experts} experts of this rank as the first dimension, "
+                "or 1 if it is the same for all"
+            )
+    return [buffer.detach() for buffer in found.values()]
 
 
 def _state_of(name: str, parameter: Tensor, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:

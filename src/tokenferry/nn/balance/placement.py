@@ -90,6 +90,10 @@ class Placement:
         """Whether an expert has several replicas."""
         return self.num_slots > self.num_experts
 
+    def copy(self) -> Placement:
+        """Return the same placement with tensors of its own. Local."""
+        return Placement.of(self.physical_to_logical, self.num_ranks)
+
     def layer(self, index: int) -> Placement:
         """Return the placement of one of several layers. Local.
 

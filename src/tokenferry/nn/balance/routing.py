@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenferry.ambient import not_compiled
 from tokenferry.api import ExpertGroup
 from tokenferry.errors import ConfigError, ShapeError
 from tokenferry.nn.balance.placement import Placement
@@ -36,7 +37,7 @@ class ReplicaMap:
             ``nodes=``.
 
     Attributes:
-        placement: The placement in use.
+        own: The placement in use, which nobody else may write to: the same object until the next `place`.
 
     Raises:
         ConfigError: the placement does not fit the group.
@@ -66,6 +67,11 @@ class ReplicaMap:
         self.place(placement)
 
     @property
+    def placement(self) -> Placement:
+        """The placement in use: a copy."""
+        return self.own.copy()
+
+    @property
     def is_redundant(self) -> bool:
         """Whether there are more slots than experts."""
         return self._num_slots > self._table.shape[0]
@@ -79,9 +85,10 @@ class ReplicaMap:
             ConfigError: the placement does not fit the group, or has another number of experts.
         """
         _check(placement, self._num_slots, self._num_ranks)
+        own = placement.copy()
         with torch.no_grad():
-            self._table.copy_(_table_of(placement, self._table.shape, self._near, self._rank))
-        self.placement = placement
+            self._table.copy_(_table_of(own, self._table.shape, self._near, self._rank))
+        self.own = own
 
     def __call__(self, routing: Routing) -> Routing:
         """Return a routing with the physical experts of one with logical experts; -1 stays -1.
@@ -163,9 +170,8 @@ class PlacedRouter(nn.Module):
         self._map = ReplicaMap(placement, group, nearest=nearest)
         with torch.inference_mode(False):  # else it would have no version
             # What state dicts hold. No buffer, which DDP, FSDP2 or `to_empty` would overwrite, move or cast.
-            self._slots = placement.physical_to_logical.clone()
+            self._slots = self._map.own.physical_to_logical.clone()
             self._placed = self._slots.clone()  # those that the map has
-        self._version = self._slots._version
 
     @property
     def is_redundant(self) -> bool:
@@ -174,13 +180,26 @@ class PlacedRouter(nn.Module):
 
     @property
     def placement(self) -> Placement:
-        """Where the experts are."""
-        self._follow_state()
-        return self._map.placement
+        """Where the experts are: a copy."""
+        return self.current().copy()
 
+    def current(self) -> Placement:
+        """Return where the experts are, also if a state dict was loaded: for those who read it only. Local.
+
+        The same object until experts are placed otherwise.
+        """
+        self._follow_state()
+        return self._map.own
+
+    @not_compiled
     def _follow_state(self) -> None:
-        if self._slots._version != self._version:  # written by whoever loads into the tensors of a state dict
-            self.place(Placement.of(self._slots, self._map.placement.num_ranks))
+        """Place the experts as a state dict says whose tensors somebody has loaded into. Local.
+
+        By values, since neither a write to ``.data`` nor compiled code changes the version that it would see. Both
+        tensors are on the CPU. Lists can be compared even under torch's fake tensors.
+        """
+        if self._slots.tolist() != self._placed.tolist():
+            self.place(Placement.of(self._slots, self._map.own.num_ranks))
 
     def place(self, placement: Placement) -> None:
         """Send tokens by another placement from now on; the weights are not moved: see `rebalance`.
@@ -192,14 +211,13 @@ class PlacedRouter(nn.Module):
         with torch.no_grad():
             for slots in (self._slots, self._placed):
                 slots.copy_(placement.physical_to_logical)
-        self._version = self._slots._version
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Become a copy, whose tensor has another version than the original's; and follow what that has not seen."""
+        """Become a copy, whose tensors can be changed wherever it was made."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         with torch.inference_mode(False):
             self._slots, self._placed = self._slots.clone(), self._placed.clone()
-        self.place(Placement.of(self._slots, self._map.placement.num_ranks))
+        self._follow_state()
 
     def forward(self, x: Tensor) -> Routing:
         """Route ``x`` ``[T, H]`` to slots."""
@@ -219,7 +237,7 @@ class PlacedRouter(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         """Use the placement of a state dict."""
-        self.place(Placement.of(state, self.placement.num_ranks))
+        self.place(Placement.of(state, self._map.own.num_ranks))
 
 
 def _table_of(placement: Placement, sizes: torch.Size, near: list[int], rank: int) -> Tensor:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from tokenferry.errors import ConfigError
+from tokenferry.nn.expert_checks import buffers_by_expert
 
 if TYPE_CHECKING:
     from tokenferry.nn.layer import MoELayer
@@ -23,9 +26,9 @@ def check_sharers(layer: MoELayer) -> None:
 
     It has some of its experts and another router, or its router and other experts. One that has both goes along.
     """
-    mine = set(layer.expert_parameters())
+    mine = _moved(layer)
     for other in list(_layers):
-        theirs = set(other.expert_parameters())
+        theirs = _moved(other)
         wanted = mine | theirs if other.router is layer.router else set()
         if other is not layer and mine & theirs != wanted:
             shared, own = ("router", "experts") if other.router is layer.router else ("experts", "a router")
@@ -33,3 +36,8 @@ def check_sharers(layer: MoELayer) -> None:
                 f"rebalance: layer: another MoELayer shares its {shared}, and would be wrong afterwards, since it has "
                 f"{own} of its own; let the layers share both, or neither"
             )
+
+
+def _moved(layer: MoELayer) -> set[Tensor]:
+    """Return what moves with the experts of a layer."""
+    return {*layer.expert_parameters(), *buffers_by_expert(layer.group, layer.experts).values()}
