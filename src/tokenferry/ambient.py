@@ -38,7 +38,7 @@ def not_compiled(call: _Function) -> _Function:
     # Wrappers of torch share their code with those of the program, which would not be compiled any more either.
     assert function.__globals__["__name__"].startswith("tokenferry."), f"mark what {function} wraps"
     function._torchdynamo_disable, function._torchdynamo_disable_msg = True, _WHY
-    if hasattr(_frames, "set_code_exec_strategy"):  # nothing public does this
+    if hasattr(_frames, "set_code_exec_strategy"):  # private, and may go: then only traces of callers see a mark
         skip = _frames._FrameAction.SKIP
         _frames.set_code_exec_strategy(function.__code__, _frames._FrameExecStrategy(skip, skip))
     return call

@@ -18,6 +18,7 @@ from tokenferry.cli import doctor, doctor_cuda
 from tokenferry.cli.finding import run_check
 from tokenferry.cli.main import main
 from tokenferry.errors import BackendUnavailable, ConfigError
+from tokenferry.types import MoeShape
 
 
 def by_name(**options):
@@ -59,8 +60,11 @@ def test_an_environment_whose_groups_cannot_be_made(monkeypatch, any_terminal):
 
 def test_the_choice_of_a_backend_is_not_logged_among_the_findings(monkeypatch, caplog):
     monkeypatch.delenv("TOKENFERRY_BACKEND", raising=False)
+    caplog.set_level(logging.INFO, "tokenferry")
     assert doctor._group_of_defaults().passed
     assert not caplog.records
+    with ExpertGroup(None, MoeShape(1, 1, 16, 1)):
+        assert caplog.records, "such a group says nothing, with which the test is no test"
     assert not logging.getLogger("tokenferry").disabled
 
 

@@ -139,6 +139,15 @@ def test_inputs_live_until_the_call_is_done(cuda, lane):
         assert died == ["mine"], f"{number}: a block of the heap is freed behind the current stream"
 
 
+def test_the_error_of_a_call_is_raised_even_if_nothing_can_be_recorded(cuda, lane, monkeypatch):
+    def failing() -> None:
+        monkeypatch.setattr(torch.cuda, "Event", lambda: exec("raise RuntimeError('the context is broken')"))
+        raise PeerTimeout("too late", phase="dispatch", call=1, rank=0, peers=(1,), waited_s=1.0)
+
+    with pytest.raises(PeerTimeout):
+        lane.run("call", When(async_finish=True), (marked(),), failing)
+
+
 @pytest.mark.parametrize("capturing", [False, True])
 def test_the_event_keeps_the_inputs_until_it_is_waited_for(cuda, capturing):
     """The program may drop the Buffer before. During a capture nothing else keeps them."""

@@ -133,6 +133,15 @@ def test_buffers_that_belong_to_no_expert_are_refused(sizes):
         assert layer.router.placement.physical_to_logical.tolist() == [0, 1, 2, 3]
 
 
+def test_buffers_that_cannot_move_are_named():
+    with tokenferry.ExpertGroup(None, SHAPE, backend="cpu") as group:
+        layer = masked(group)
+        layer.experts.register_buffer("one", torch.zeros(1, 3).expand(4, 3), persistent=False)
+        with pytest.raises(tokenferry.ConfigError, match=r"the buffer one of its experts .* got strides \[0, 1\]"):
+            rebalance(layer, Placement.of(torch.tensor([3, 2, 1, 0]), 1))
+        assert layer.router.placement.physical_to_logical.tolist() == [0, 1, 2, 3]
+
+
 def test_buffers_that_another_layer_needs_where_they_are_stay():
     with tokenferry.ExpertGroup(None, SHAPE, backend="cpu") as group:
         layers = [masked(group, seed) for seed in (0, 1)]

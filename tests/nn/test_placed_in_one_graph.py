@@ -142,3 +142,7 @@ def test_steps_after_a_move_are_not_compiled_again():
             for _ in range(3):
                 compiled(x).sum().backward()
         assert [held for held, _ in layer.take_loads()] == [[0, 1, 2, 3], [3, 2, 1, 0]]
+        compiled(x)
+        layer.router = layer.choice  # experts are in their order again
+        layer(x)
+        assert [held for held, _ in layer.take_loads()] == [[3, 2, 1, 0], [0, 1, 2, 3]]

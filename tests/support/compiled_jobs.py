@@ -25,10 +25,10 @@ COMPILERS = ("eager", "aot_eager")
 PACKAGE = Path(tokenferry.__file__).parent
 MAY_BE_TRACED = {
     "backends/base.py: no_hook",
-    "api.py: ExpertGroup.num_ranks",
-    "api.py: ExpertGroup.device",
-    "api.py: ExpertGroup.masked_ranks",  # as far as the method that it calls
-    "backends/cuda/across/decode.py: AcrossDecoder._hook.<locals>.hook",  # as far as the receive that it calls
+    "api.py: num_ranks",
+    "api.py: device",
+    "api.py: masked_ranks",  # as far as the method that it calls
+    "backends/cuda/across/decode.py: hook",  # as far as the receive that it calls
 }
 """What at most reads a number; so do the checks of plain data in types.py."""
 
@@ -46,7 +46,7 @@ def traced() -> Iterator[set[str]]:
     def noted(self: Any) -> Any:
         path = Path(self.f_code.co_filename)
         if path.is_relative_to(PACKAGE):
-            found.add(f"{path.relative_to(PACKAGE)}: {self.f_code.co_qualname}")
+            found.add(f"{path.relative_to(PACKAGE)}: {self.f_code.co_name}")
         return run(self)
 
     with mock.patch.object(InstructionTranslatorBase, "run", noted):

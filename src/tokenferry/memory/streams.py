@@ -85,7 +85,7 @@ class CudaStreams:
         self._current = torch._C._cuda_getCurrentRawStream
         self._capturing = torch._C._cuda_isCurrentStreamCapturing
         self._current_device = torch._C._cuda_getDevice
-        self._idle: deque[Any] = deque()  # handles of events
+        self._idle: deque[_Event] = deque()
 
     def current(self) -> int:
         """See `Streams.current`."""
@@ -120,9 +120,10 @@ class CudaStreams:
         cuda = self._cuda
         if eager and self._idle:  # `eager` has entered the context, and to leave and enter it takes longest
             with suppress(IndexError):  # another thread was faster
-                event = _Event(self._idle.pop(), self._device)
-                check(cuda.cuEventRecord(event.handle, stream), "recording an event")
-                return event
+                event = self._idle.pop()
+                if event.handle is not None:
+                    check(cuda.cuEventRecord(event.handle, stream), "recording an event")
+                    return event
         with self._device.current():
             flags = cuda.CUevent_flags.CU_EVENT_DISABLE_TIMING
             event = _Event(check(cuda.cuEventCreate(flags), "making an event"), self._device)
@@ -167,7 +168,7 @@ class CudaStreams:
         """Let `record` use an event again; all work before it is known to be done, as `is_done` has said."""
         handle, event.handle = event.handle, None
         if handle is not None:
-            self._idle.append(handle)
+            self._idle.append(_Event(handle, self._device))
 
     def wait_eagerly(self, stream: int, event: Any) -> None:  # noqa: ANN401 - what `record` returned
         """Make a stream wait for an event, neither of them in a capture, after `eager` or `is_eager`."""

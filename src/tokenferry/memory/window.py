@@ -245,7 +245,9 @@ def _neighbour(device: Device, index: int, address: int) -> int:
 
 def _unmap(device: Device, addresses: list[int]) -> None:
     """Unmap the windows of peers, after all work that may use them."""
-    try:  # a failure means that the context is gone or broken, and every mapping with it; or that it is being captured
+    # A failure means that the context is gone or broken, and every mapping with it, or that a stream is being captured:
+    # then they stay mapped until the process ends.
+    try:
         with device.current():
             check(device.cuda.cuCtxSynchronize(), "waiting for the work of this process")
             for address in addresses:

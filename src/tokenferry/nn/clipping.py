@@ -85,7 +85,7 @@ def _redundant_placements(model: nn.Module) -> dict[nn.Parameter, Placement]:
     """Return the parameters of experts of which some have replicas, with the placement of each."""
     routers = {layer: layer.router for layer in model.modules() if isinstance(layer, MoELayer)}
     return {
-        parameter: router.current()
+        parameter: router._current()
         for layer, router in routers.items()
         if isinstance(router, PlacedRouter) and router.is_redundant
         for parameter in layer.expert_parameters()

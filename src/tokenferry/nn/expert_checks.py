@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from tokenferry.ambient import not_compiled
 from tokenferry.api import ExpertGroup
 from tokenferry.errors import ConfigError
 
@@ -51,25 +52,22 @@ def check_graph(result: Tensor, rows: Tensor, values: Sequence[Tensor]) -> None:
         raise ConfigError(CHECKPOINTED.format(what="checkpoint(use_reentrant=True)"))
 
 
+@not_compiled  # torch 2.11 cannot compile what raises our errors
 def refuse_unequal(names: str) -> None:
-    """Raise ConfigError, since these parameters may differ between ranks that hold the same experts."""
+    """Raise ConfigError, since these parameters or buffers may differ between ranks that hold the same experts."""
     raise ConfigError(
         f"MoELayer: experts: {names} had no values when parallelize was told which ranks hold the same experts, and "
         "may differ between them; call parallelize(model) again, now that there are some"
     )
 
 
+@not_compiled
 def refuse_late(name: str) -> None:
     """Raise ConfigError, since a parameter came when the others had become DTensors."""
     raise ConfigError(
         f"MoELayer: experts: {name} is no DTensor as the others are, since it came after the layer was made; register "
         "it before that, or call parallelize(model, mesh) afterwards"
     )
-
-
-# Torch 2.11 cannot compile what raises our errors. `torch.compiler.disable` does this, and imports the compiler.
-refuse_unequal._torchdynamo_disable = True  # type: ignore[attr-defined]
-refuse_late._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 def buffers_by_expert(group: ExpertGroup, experts: nn.Module) -> dict[str, Tensor]:

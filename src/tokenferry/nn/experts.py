@@ -59,8 +59,9 @@ class SeededExperts(nn.Module):
         size = len(self.numbers)
         if any(part.shape != (size, *weight.shape[1:]) for part, weight in zip(parts, weights, strict=True)):
             # A tool has sharded the experts of this rank, such as FSDP2 those of a group of one rank.
-            for i, weight in enumerate(weights):
-                fill(weight, torch.stack([list(self._draws(number, weights))[i] for number in self.numbers]))
+            drawn = [list(self._draws(number, weights)) for number in self.numbers]
+            for weight, of_experts in zip(weights, zip(*drawn, strict=True), strict=True):
+                fill(weight, torch.stack(of_experts))
             return
         for i, number in enumerate(self.numbers):
             for part, values in zip(parts, self._draws(number, weights), strict=True):
@@ -73,7 +74,7 @@ class SeededExperts(nn.Module):
             inner, outer = weight.shape[1:]
             yield normal(draws, inner, outer) * inner**-0.5
 
-    def drawn_names(self) -> dict[str, str | None]:
+    def _drawn_names(self) -> dict[str, str | None]:
         """Return what the parameters that `reset_parameters` draws are called now, in its order; None: none is left."""
         own = {name for name, _ in self.named_parameters()}
         return {
@@ -83,7 +84,7 @@ class SeededExperts(nn.Module):
 
     def _drawn_parameters(self) -> list[nn.Parameter]:
         found = []
-        for weight, name in self.drawn_names().items():
+        for weight, name in self._drawn_names().items():
             if name is None:
                 raise ConfigError(
                     f"{type(self).__name__}: reset_parameters: {weight} is no parameter any more, nor computed from "
@@ -96,7 +97,7 @@ class SeededExperts(nn.Module):
 def seeded_names(experts: nn.Module) -> tuple[str, ...]:
     """Return the parameters that `SeededExperts.reset_parameters` draws alike on all ranks that hold an expert."""
     if isinstance(experts, SeededExperts) and type(experts).reset_parameters is SeededExperts.reset_parameters:
-        return tuple(name for name in experts.drawn_names().values() if name is not None)
+        return tuple(name for name in experts._drawn_names().values() if name is not None)
     return ()
 
 

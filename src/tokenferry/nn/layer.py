@@ -209,7 +209,8 @@ class MoELayer(nn.Module):
     def _check_graph(self, found: Tensor, rows: Tensor, values: tuple[Tensor, ...]) -> None:
         """Raise ConfigError if backward would repeat a part of the experts.
 
-        It takes time: only if it may have changed what experts repeat, or if nothing but this would notice.
+        It takes time, so it is done only when what the experts repeat may have changed, and in each forward where
+        experts have replicas, since nothing else would notice there.
         """
         assert found.grad_fn is not None
         state = id(self.experts), self.experts.training, found.grad_fn.name()
@@ -224,7 +225,7 @@ class MoELayer(nn.Module):
         parts = self._local_experts()
         # A placement that nobody asks for can change without compiling again.
         if torch.is_grad_enabled() and isinstance(self.router, PlacedRouter) and self.router.is_redundant:
-            parts = share_gradients(self.group, self.router.current(), parts)
+            parts = share_gradients(self.group, self.router._current(), parts)
         parts = {name: averaged_gradient(part, num_ranks, self.same_experts) for name, part in parts.items()}
         dtypes = {part.dtype for part in parts.values()} & {*NARROW, torch.float32, torch.float64}
         narrow = autocast_dtype(rows.device.type)
@@ -245,12 +246,14 @@ class MoELayer(nn.Module):
         # No buffer: DistributedDataParallel would give every rank that of rank 0.
         if self.training and self.has_bias and not recomputing():
             if isinstance(self.router, PlacedRouter):
-                self._count_by(self.router.current())
+                self._count_by(self.router._current())
+            elif self._load_by is not None:
+                self._count_by(None)
             self._load = expert_counts.long() if self._load is None else self._load + expert_counts
 
     @not_compiled  # compiled code does not see that one placement is another
-    def _count_by(self, placement: Placement) -> None:
-        """Let what is counted from now on be the load of this placement."""
+    def _count_by(self, placement: Placement | None) -> None:
+        """Let what is counted from now on be the load of this placement; None: of experts in their order."""
         if placement is not self._load_by:
             self._put_load_aside()
             self._load_by = placement
@@ -269,7 +272,7 @@ class MoELayer(nn.Module):
     @property
     def held_experts(self) -> list[int]:
         """``[L]``: the logical expert in each slot of this rank."""
-        return self._held(self.router.current() if isinstance(self.router, PlacedRouter) else None)
+        return self._held(self.router._current() if isinstance(self.router, PlacedRouter) else None)
 
     def _held(self, placement: Placement | None) -> list[int]:
         first = self.group.rank * self.group.num_local_experts
@@ -410,7 +413,7 @@ def _check_router(group: ExpertGroup, router: Callable[[Tensor], Routing]) -> No
         return
     wanted, whose = shape.num_experts, "the group"
     if isinstance(router, PlacedRouter):
-        wanted, whose = router.current().num_experts, "the placement"
+        wanted, whose = router._current().num_experts, "the placement"
     num_experts, hidden = chooser.weight.shape
     if (num_experts, hidden, chooser.top_k) != (wanted, shape.hidden, shape.top_k):
         raise ConfigError(

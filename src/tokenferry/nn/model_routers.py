@@ -27,9 +27,9 @@ def auxiliary_losses(model: nn.Module) -> RouterLosses:
         model: A module with at least one `Router` with ``RouterOptions(losses=True)``.
 
     Raises:
-        ConfigError: there is no such router; one of them is that of several layers, of which it would return the losses
-            of one; one of them has no losses, since it has not run since they were last
-            taken; or its losses have no graph, though gradients are enabled: it ran under ``torch.no_grad()``, or in
+        ConfigError: there is no such router; one of them is shared by several layers, and has the losses of the last
+            one only; one of them has no losses, since it has not run since they were last taken; or its losses have no
+            graph, though gradients are enabled: it ran under ``torch.no_grad()``, or in
             ``checkpoint(use_reentrant=True)``, which runs forward without a graph. There, use the other kind.
     """
     routers = {

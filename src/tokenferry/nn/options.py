@@ -68,8 +68,8 @@ class RouterOptions:
             ones, and then earlier tokens before later ones. Weights that stay are not changed. None: nothing is
             dropped.
         normalize: Divide the weights of a token by their sum. With one choice per token (``top_k=1``) that makes every
-            weight 1, so that the task has no gradient for the router: there pass False, for the probability itself, as
-            in the Switch Transformer (arXiv 2101.03961).
+            weight the same, so that the task has no gradient for the router: there pass False, for the probability
+            itself, as in the Switch Transformer (arXiv 2101.03961).
 
     Raises:
         ConfigError: ``capacity_factor`` is not a positive number, or ``normalize`` no bool.

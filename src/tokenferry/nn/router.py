@@ -164,8 +164,8 @@ class Router(nn.Module):
         group_limit: The limit of `group_limited_topk`, with a bias per expert; None to use `softmax_topk`.
         scale: The sum of a token's weights, if they are normalised, else a factor (`group_limited_topk` only).
         options: Auxiliary losses, capacity, and whether weights are normalised; None: `RouterOptions` as they are by
-            default. With ``top_k=1`` normalised weights are 1 whatever the router computes, so that it learns nothing
-            from the task: a warning says so, unless there are auxiliary losses.
+            default. With ``top_k=1`` normalised weights are the same whatever the router computes, so that it learns
+            nothing from the task: a warning says so, unless there are auxiliary losses.
         seed: Seed of the weight, in 0 .. 2^40 - 1; the same on every rank.
 
     Attributes:
@@ -238,8 +238,9 @@ class Router(nn.Module):
     def _warn_of_constant_weights(self, num_experts: int) -> None:
         if self.top_k == 1 < num_experts and self.options.normalize and not self.options.losses:
             warnings.warn(
-                "Router: top_k=1 with weights that are divided by their sum: each weight is 1, so that training has no "
-                "gradient for this router; pass options=RouterOptions(normalize=False)",
+                "Router: top_k=1 with weights that are divided by their sum: each weight is the same whatever the "
+                "router computes, so that training has no gradient for it; pass Router(..., "
+                "options=RouterOptions(normalize=False)), to a layer as MoELayer(..., router=Router(...))",
                 stacklevel=3,
             )
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -138,7 +139,8 @@ class Lane:
             try:
                 result = work()
             except BaseException:  # it may have launched something
-                self._keep(EventHandle.behind(self.stream), inputs)
+                with suppress(RuntimeError):  # CUDA's: it can tell nothing any more
+                    self._keep(EventHandle.behind(self.stream), inputs)
                 raise
             done = EventHandle.behind(self.stream)
             capturing = self._keep(done, inputs)

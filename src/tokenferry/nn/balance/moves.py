@@ -66,8 +66,9 @@ def rebalance(layer: MoELayer, placement: Placement, *, optimizer: torch.optim.O
 
     Raises:
         ConfigError: the router is not a `PlacedRouter`, another layer shares it or the experts but not both, the
-            placement does not fit, a buffer of the experts has another first dimension than L or 1, or the optimizer
-            lacks parameters of the experts, or keeps a state that does not belong to single experts.
+            placement does not fit, a buffer of the experts has another first dimension than L or 1, or has L and is not
+            contiguous or on another device, or the optimizer lacks parameters of the experts, or keeps a state that
+            does not belong to single experts.
         ArgumentError: ranks passed different placements, parameters or states. Nothing was moved.
     """
     router = layer.router
@@ -76,7 +77,7 @@ def rebalance(layer: MoELayer, placement: Placement, *, optimizer: torch.optim.O
             f"rebalance: layer: expected a router that is a PlacedRouter, got {type(router).__name__}; pass "
             "MoELayer(..., router=PlacedRouter(router, placement, group))"
         )
-    old = router.current()
+    old = router._current()
     tensors, error, new = [], None, placement
     try:
         new = placement.copy()  # checked: somebody may have written to its tensors
@@ -135,7 +136,13 @@ def _move(
 
 def _buffers_of(layer: MoELayer) -> list[Tensor]:
     """Return the buffers of the experts of a layer that have a row for each of them."""
-    found = buffers_by_expert(layer.group, layer.experts)
+    found, device = buffers_by_expert(layer.group, layer.experts), layer.group.device
+    for name, buffer in found.items():
+        if buffer.device != device or not buffer.is_contiguous():
+            raise ConfigError(
+                f"rebalance: layer: the buffer {name} of its experts moves with them, and has to be contiguous and on "
+                f"{device}, got strides {list(buffer.stride())} on {buffer.device}"
+            )
     for name, buffer in layer.experts.named_buffers():
         if name not in found and buffer.shape[:1] not in ((), (1,)):
             raise ConfigError(

@@ -36,9 +36,6 @@ class ReplicaMap:
             `balance` does not expect. Without an effect if all replicas are on one node, as it places them with
             ``nodes=``.
 
-    Attributes:
-        own: The placement in use, which nobody else may write to: the same object until the next `place`.
-
     Raises:
         ConfigError: the placement does not fit the group.
 
@@ -69,7 +66,7 @@ class ReplicaMap:
     @property
     def placement(self) -> Placement:
         """The placement in use: a copy."""
-        return self.own.copy()
+        return self._own.copy()
 
     @property
     def is_redundant(self) -> bool:
@@ -88,7 +85,7 @@ class ReplicaMap:
         own = placement.copy()
         with torch.no_grad():
             self._table.copy_(_table_of(own, self._table.shape, self._near, self._rank))
-        self.own = own
+        self._own = own
 
     def __call__(self, routing: Routing) -> Routing:
         """Return a routing with the physical experts of one with logical experts; -1 stays -1.
@@ -170,7 +167,7 @@ class PlacedRouter(nn.Module):
         self._map = ReplicaMap(placement, group, nearest=nearest)
         with torch.inference_mode(False):  # else it would have no version
             # What state dicts hold. No buffer, which DDP, FSDP2 or `to_empty` would overwrite, move or cast.
-            self._slots = self._map.own.physical_to_logical.clone()
+            self._slots = self._map._own.physical_to_logical.clone()
             self._placed = self._slots.clone()  # those that the map has
 
     @property
@@ -181,15 +178,15 @@ class PlacedRouter(nn.Module):
     @property
     def placement(self) -> Placement:
         """Where the experts are: a copy."""
-        return self.current().copy()
+        return self._current().copy()
 
-    def current(self) -> Placement:
+    def _current(self) -> Placement:
         """Return where the experts are, also if a state dict was loaded: for those who read it only. Local.
 
         The same object until experts are placed otherwise.
         """
         self._follow_state()
-        return self._map.own
+        return self._map._own
 
     @not_compiled
     def _follow_state(self) -> None:
@@ -199,7 +196,7 @@ class PlacedRouter(nn.Module):
         tensors are on the CPU. Lists can be compared even under torch's fake tensors.
         """
         if self._slots.tolist() != self._placed.tolist():
-            self.place(Placement.of(self._slots, self._map.own.num_ranks))
+            self.place(Placement.of(self._slots, self._map._own.num_ranks))
 
     def place(self, placement: Placement) -> None:
         """Send tokens by another placement from now on; the weights are not moved: see `rebalance`.
@@ -237,7 +234,7 @@ class PlacedRouter(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         """Use the placement of a state dict."""
-        self.place(Placement.of(state, self._map.own.num_ranks))
+        self.place(Placement.of(state, self._map._own.num_ranks))
 
 
 def _table_of(placement: Placement, sizes: torch.Size, near: list[int], rank: int) -> Tensor:

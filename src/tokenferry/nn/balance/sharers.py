@@ -39,5 +39,8 @@ def check_sharers(layer: MoELayer) -> None:
 
 
 def _moved(layer: MoELayer) -> set[Tensor]:
-    """Return what moves with the experts of a layer."""
+    """Return what moves with the experts of a layer.
+
+    With one expert on each rank nobody can tell a buffer [1, ...] that is the same for all: it moves, too.
+    """
     return {*layer.expert_parameters(), *buffers_by_expert(layer.group, layer.experts).values()}

@@ -247,10 +247,8 @@ class AcrossBackend(CudaBackend):
                 raise error
             raise found from error
         finally:
-            del (
-                error,
-                found,
-            )  # they hold this frame, and what other frames of the call hold would wait for the collector
+            # They hold this frame, and what other frames of the call hold would wait for the collector.
+            del error, found
 
     def _at_fault(self, error: Exception) -> Exception:
         """Return the error to be raised, and report it if it breaks the group."""

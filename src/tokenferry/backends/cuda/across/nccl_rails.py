@@ -197,6 +197,7 @@ class NcclRails:
     def check(self) -> bool:
         """Look at the exchanges under way, and give up if one is late or has failed; return whether there are any."""
         if self.lost is not None:
+            self._under_way.clear()  # what began while all were ended
             return False
         failure = self._channel.error()
         if failure and self._latest is not None:
