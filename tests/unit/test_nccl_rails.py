@@ -479,6 +479,28 @@ def test_exchanges_under_way_keep_the_rails_and_their_memory():
     assert (kept(), alive()) == (None, None)
 
 
+def test_memory_is_kept_until_all_exchanges_have_been_ended():
+    """The thread looks at them while a rank that waits for one gives up."""
+    rails, channel = make(SOON_S)
+    transfer = begin(rails, 0)
+    kept, what, alive = weakref.ref(transfer.kept[0]), transfer.what, []
+    del transfer
+
+    def abort() -> None:
+        rails.check()
+        alive.append(kept() is not None)
+        StandIn.abort(channel)
+
+    rails._channel = mock.Mock(wraps=channel, abort=abort)
+    rails.give_up(what, 1.0, "late")
+    assert alive == [True], "NCCL still writes to it"
+    assert kept() is None
+    begin(rails, 0)  # as one that began meanwhile
+    rails.check()
+    assert not rails._under_way
+    rails.close()
+
+
 def test_rails_may_be_closed_by_their_own_thread():
     """Where the collector may run, and with it the finalizer of what has a group."""
     rails, channel = make(SOON_S)

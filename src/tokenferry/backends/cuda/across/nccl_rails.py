@@ -151,7 +151,7 @@ class NcclRails:
         self._replays_at = 0.0
         self._latest: _Exchange | None = None
         self._more = threading.Event()
-        self._closed = False
+        self._closed = self._ended = False
         self._mismatched: Callable[[], bool] = _never
         self._hopeless_since = 0.0
         self._asked = self._looked = 0.0
@@ -197,7 +197,8 @@ class NcclRails:
     def check(self) -> bool:
         """Look at the exchanges under way, and give up if one is late or has failed; return whether there are any."""
         if self.lost is not None:
-            self._under_way.clear()  # what began while all were ended
+            if self._ended:
+                self._under_way.clear()  # what began while all were ended
             return False
         failure = self._channel.error()
         if failure and self._latest is not None:
@@ -301,6 +302,7 @@ class NcclRails:
         if self.reports is not None:
             self.reports.post(FailureReport.of(self.mismatch or lost))
         self._channel.abort()
+        self._ended = True
         self._under_way.clear()  # not before: NCCL may still write into their tensors
         return copy.copy(lost)
 
@@ -351,7 +353,10 @@ def _look_after(
     looks: list[threading.Thread],
     enter_thread: Callable[[], object] | None,
 ) -> None:
-    """Look after the exchanges of a rank until its rails are closed or gone; then close the channel."""
+    """Look after the exchanges of a rank until its rails are closed or gone; then close the channel.
+
+    ``_under_way``: held for as long as the thread runs; see `NcclRails`.
+    """
     if enter_thread is not None:
         enter_thread()
     found = rails()

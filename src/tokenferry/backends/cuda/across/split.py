@@ -71,6 +71,7 @@ class Splitter:
 
     def split(self, form: AcrossForm, call: Call, topk_idx: int, num_tokens: int, num_bytes: int) -> Split:
         """Count; returns at once. ``topk_idx``: its address; ``num_bytes``: of the rest."""
+        # `num_units` is not called: each function counts in the host's time of a call.
         columns, units = self._num_ranks + self._num_nodes, -(-num_tokens // UNIT_TOKENS)
         bases_at, end = section_ends(4 * units * columns, 4 * columns)
         words, at = self._crossing.new_words(form.rows.chunks.num, end + num_bytes)
