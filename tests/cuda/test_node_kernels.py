@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from support.virtual_nodes import Nodes, Split, Splitter
+from support.virtual_nodes import Nodes, Parcels, Split, Splitter
 from support.virtual_ranks import POISON, Ranks, ranks_of
 from tokenferry.kernels.across_check import spec as check_spec
 from tokenferry.kernels.across_open import spec as open_spec
@@ -25,12 +25,28 @@ from tokenferry.kernels.dispatch_relay import spec as relay_spec
 
 TOPOLOGIES = ((2, 2, 2), (6, 3, 4), (4, 1, 1), (70, 35, 2))
 """Ranks, nodes, and experts of a rank."""
+RELAY_TOP_K = 3
 
 
 def check_start(found: torch.Tensor, want: list, what: str) -> None:
     """Check the first values; the others, if any, have not been written."""
     assert found[: len(want)].tolist() == want, what
     assert bool((found[len(want) :].contiguous().view(torch.uint8) == POISON).all()), f"{what}: too much is written"
+
+
+def check_parcels(splitter: Splitter, rank: int, want: Split) -> None:
+    """Check what goes to other nodes: the tokens and their ids, and ids of -1 in what crosses besides."""
+    goes, nodes, first = splitter.parcels[rank], splitter.nodes[rank], 0
+    for m in range(nodes.num_nodes):
+        if m == nodes.node:
+            continue
+        tokens, ids = (part.cpu() for part in goes.of(m))
+        end = first + want.counts[m]
+        check_start(tokens, want.tokens_out[first:end], f"tokens for node {m}")
+        assert ids[: end - first].tolist() == want.ids_out[first:end]
+        assert bool((ids[end - first :] == -1).all()), "what crosses besides names experts"
+        first = end
+    goes.check_gaps()
 
 
 def split_and_check(splitter: Splitter) -> None:
@@ -51,6 +67,7 @@ def split_and_check(splitter: Splitter) -> None:
         splitter.check_ids(rank, made[rank].pop("ids"))
         for name, found in made[rank].items():
             check_start(found, getattr(want, name), f"rank {rank} {nodes} {name}")
+        check_parcels(splitter, rank, want)
 
 
 def test_the_worked_example():
@@ -88,17 +105,12 @@ def test_room_for_all_tokens_on_each_node():
     assert record is not None
     assert (record.code, record.word, record.peer, record.seen) == (Fault.bad_routing, 2, 0, 12)
     ranks.check_quiet()
-    made = splitter.rails()
+    made = splitter.rails(200)
     for rank, nodes in enumerate(splitter.nodes):
         want = Split(nodes, choices[rank], 200)
         assert made[rank]["slots"].tolist() == want.slots
         assert splitter.dst_counts[rank].cpu().tolist() == want.dst_counts
-        rows = sorted(row for t in want.slots for m, row in enumerate(t) if m != nodes.node and row >= 0)
-        assert made[rank]["tokens_out"][rows].tolist() == want.tokens_out
-        assert made[rank]["ids_out"][rows].tolist() == want.ids_out
-        unused = torch.ones(len(made[rank]["ids_out"]), dtype=torch.bool)
-        unused[rows] = False
-        assert bool((made[rank]["ids_out"][unused].view(torch.uint8) == POISON).all())
+        check_parcels(splitter, rank, want)
 
 
 @pytest.mark.parametrize("capacity", [0, 200])
@@ -114,14 +126,9 @@ def test_routing_for_each_node_in_the_room_of_all_tokens(capacity):
     ranks.check_quiet()
     made = splitter.rails(apart)
     for rank, nodes in enumerate(splitter.nodes):
-        want, others = Split(nodes, choices[rank], capacity), [m for m in range(3) if m != nodes.node]
+        want = Split(nodes, choices[rank], capacity)
         assert made[rank]["slots"].tolist() == want.slots
-        rows = [apart * i + j for i, m in enumerate(others) for j in range(want.counts[m])]
-        assert made[rank]["tokens_out"][rows].tolist() == want.tokens_out
-        assert made[rank]["ids_out"][rows].tolist() == want.ids_out
-        unused = torch.ones(2 * apart, dtype=torch.bool)
-        unused[rows] = False
-        assert bool((made[rank]["ids_out"][unused] == -1).all()), "what crosses besides names experts"
+        check_parcels(splitter, rank, want)
         splitter.check_ids(rank, made[rank]["ids"], apart)
 
 
@@ -142,7 +149,8 @@ def test_a_bad_index():
     assert bool((segments[0] == -1).all()), "tokens of a call that was aborted"
     assert bool((segments[1, splitter.comes(1, segments.shape[1])[1] :] == -1).all())
     assert all(bool((found.view(torch.uint8) == POISON).all()) for found in made.values())
-    crosses = splitter.rails(apart=256)[1]["ids_out"]
+    splitter.rails(apart=256)
+    crosses = splitter.parcels[1].of(1).ids
     assert bool((crosses == -1).all()), "the host sends them, if counts stay on the device"
     split_and_check(Splitter(ranks, [Nodes(4, 4, 2, 1)] * 2, [index[0]] * 2))
 
@@ -378,11 +386,22 @@ def of_check(ranks: Ranks) -> dict[str, object]:
     }
 
 
-def of_relay(ranks: Ranks, capacity: int) -> dict[str, object]:
+def of_relay(ranks: Ranks, capacity: int, apart: int = 0, dtype: torch.dtype = torch.int64) -> dict[str, object]:
     """Return the fields of dispatch_relay on node 0 of three; nothing is read of its own header."""
     others = [[*HEADER[:SIGNATURE_WORDS], num, 0] for num in (30, 130)]
+    headers = torch.tensor([[-1] * RAIL_WORDS, *others], dtype=torch.int32)
+    tokens = [9, *(apart or num for num in (30, 130))]
+    parcels = Parcels(ranks, Nodes(6, 6, 3, 0), tokens, RELAY_TOP_K)
+    for m in (1, 2):
+        parcel = parcels.of(m)
+        parcel.tokens[:], parcel.ids[:] = tokens_from(m, tokens[m]), ids_from(m, tokens[m])
     return {
-        "headers": ranks.on_device(torch.tensor([[-1] * RAIL_WORDS, *others], dtype=torch.int32)),
+        "parcels_in": parcels.memory,
+        "ids": ranks.poisoned(3 * 256, RELAY_TOP_K, dtype=dtype),
+        "tokens": ranks.poisoned(sum(tokens[1:]), dtype=torch.int32),
+        "top_k": RELAY_TOP_K,
+        "apart": apart,
+        "headers": ranks.on_device(headers),
         "mine": ranks.on_device(torch.tensor([[-1] * RAIL_WORDS, others[1], others[0]], dtype=torch.int32)),
         "sizes": ranks.poisoned(8, dtype=torch.int32),
         "dst_counts": ranks.on_device(torch.zeros(6, dtype=torch.int64)),
@@ -396,15 +415,30 @@ def of_relay(ranks: Ranks, capacity: int) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("capacity", [0, 200])
-def test_how_many_tokens_come(capacity):
-    """By node, to the plan and the host, which gets the number of the call last; of the own node, all."""
+def tokens_from(node: int, num: int) -> torch.Tensor:
+    return torch.arange(num, dtype=torch.int32) * 3 + node
+
+
+def ids_from(node: int, num: int) -> torch.Tensor:
+    return torch.arange(num * RELAY_TOP_K).view(num, RELAY_TOP_K) % 7 - node
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=["int64", "int32"])
+@pytest.mark.parametrize(("capacity", "apart"), [(0, 0), (0, 140), (200, 200)])
+def test_what_comes_from_other_nodes(capacity, apart, dtype):
+    """How many tokens, to the plan and the host, which gets the number of the call last; of the own node, all. And
+    their numbers and experts, each in its segment.
+    """
     ranks = ranks_of(1)
     ranks.call += 1
-    fields = of_relay(ranks, capacity)
-    ranks.launch(relay_spec.SPEC, [fields], (1, relay_spec.THREADS, 0))
+    fields = of_relay(ranks, capacity, apart, dtype)
+    ranks.launch(relay_spec.SPEC, [fields], (3, relay_spec.THREADS, 0), {"wide": int(dtype is torch.int64)})
     ranks.wait()
     ranks.check_quiet()
+    here, there = apart or 30, apart or 130
+    assert fields["tokens"].tolist() == [*tokens_from(1, here).tolist(), *tokens_from(2, there).tolist()]
+    for m, num in ((0, 0), (1, here), (2, there)):
+        check_start(fields["ids"][256 * m : 256 * (m + 1)], ids_from(m, num).tolist(), f"segment {m}")
     came, went = ([9, 200, 200],) * 2 if capacity else ([9, 30, 130], [9, 130, 30])
     sizes = fields["sizes"].cpu()
     assert [*sizes[:6].tolist(), sizes[7].item()] == [*came, *went, 256]
@@ -421,7 +455,7 @@ def test_a_rank_across_has_not_made_this_dispatch(word):
         fields["headers"][2] = 0
     else:
         fields["headers"][2, word] += 1
-    ranks.launch(relay_spec.SPEC, [fields], (1, relay_spec.THREADS, 0))
+    ranks.launch(relay_spec.SPEC, [fields], (1, relay_spec.THREADS, 0), {"wide": 1})
     ranks.wait()
     record = ranks.record(0)
     assert record is not None

@@ -339,7 +339,7 @@ def test_a_row_crosses_once_for_each_node(run, monkeypatch, at_once):
     """
     if not at_once:
         monkeypatch.setattr(tuning, "ROUTING_AT_ONCE_BYTES", 0)
-    rows, header, routing, state = 3, 68, (8 if at_once else 3) * (2 * 8 + 4), 8
+    rows, header, routing, state = 3, 68, (8 if at_once else 3) * (2 * 2 + 4), 8
     want = (header + routing + rows * (32 + 12 + 8) + state, *[header + rows * 64 + state] * 2)
     assert run(4, count_bytes, ranks_per_node=2) == [want] * 4
 

@@ -41,7 +41,7 @@ Launch = tuple[str, int, int, int, dict[str, Any]]
 _ADDRESSES = """
 windows record host x scale weights topk_idx table bases dst_counts src_counts expert_counts expert_offsets places
 dst_token rows_out rows_in rows row_idx source to out bias0 bias1 weights_out workspaces scale_out received src_token
-src_range row_weights choices masked_out trace y pending slots ids_here ids_out tokens_out tokens headers mine sizes
+src_range row_weights choices masked_out trace y pending slots ids_here parcels_out parcels_in tokens headers mine sizes
 goes comes states own parts own_weights ids came went records overflows number epoch since rows packets bodies region
 network weights_here
 """

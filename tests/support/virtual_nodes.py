@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from support.virtual_ranks import POISON, Ranks
+from tokenferry.backends.cuda.across.parcels import RoutingParcels
 from tokenferry.backends.cuda.across.relay import segment_for
 from tokenferry.kernels.control_block import HOST_NODES_WORD, RAIL_WORDS, ROWS_WORD, SIGNATURE_WORDS
 from tokenferry.kernels.dispatch_notify.spec import num_units
@@ -72,6 +75,45 @@ class Split:
         ]
 
 
+class Parcel(NamedTuple):
+    """A parcel of the routing."""
+
+    tokens: Tensor
+    ids: Tensor
+
+
+class Parcels:
+    """Where the host says that the parcels of a rank lie, by node, in memory that is poisoned.
+
+    Args:
+        ranks: The ranks.
+        nodes: The nodes.
+        tokens: Tokens of each parcel.
+        top_k: K.
+    """
+
+    def __init__(self, ranks: Ranks, nodes: Nodes, tokens: Sequence[int], top_k: int) -> None:
+        found, self._top_k = RoutingParcels(tokens, nodes.node, top_k), top_k
+        self._places = dict.fromkeys(range(nodes.num_nodes), (0, 0, 0))
+        """Where the tokens of each node begin, their ids, and what is behind them."""
+        for at, num_bytes, node, _ in found.parts(0, is_sent=True):
+            self._places[node] = at, at + 4 * tokens[node], at + num_bytes
+        self.memory = ranks.poisoned(found.num_bytes, dtype=torch.uint8)
+
+    def of(self, node: int) -> Parcel:
+        """Return the parcel for a node, or from there: views of the memory."""
+        start, ids_at, end = self._places[node]
+        ids = self.memory[ids_at:end].view(torch.int16)
+        return Parcel(self.memory[start:ids_at].view(torch.int32), ids.view(-1, self._top_k))
+
+    def check_gaps(self) -> None:
+        """Check that nothing lies between the parcels."""
+        unused = torch.ones(len(self.memory), dtype=torch.bool)
+        for start, _, end in self._places.values():
+            unused[start:end] = False
+        assert bool((self.memory.cpu()[unused] == POISON).all()), "something lies between parcels"
+
+
 class Splitter:
     """Runs dispatch_split and dispatch_rails on all ranks, each with its own routing and nodes."""
 
@@ -116,25 +158,26 @@ class Splitter:
         self.ranks.launch(split_spec.SPEC, fields, (2, split_spec.THREADS, self.smem()), self.config)
 
     def rails(self, apart: int = 0) -> list[dict[str, Tensor]]:
-        """Launch dispatch_rails, wait, and return what it has written on each rank."""
+        """Launch dispatch_rails, wait, and return what it has written on each rank; `parcels` has the rest."""
         found, fields = [], []
+        self.parcels: list[Parcels] = []
+        """Those for other nodes, of each rank."""
         segment = segment_for(max(apart, *map(len, self.index)))
         for rank, (index, nodes) in enumerate(zip(self.index, self.nodes, strict=True)):
             T, K = index.shape
-            most = (apart or self.capacity) * (nodes.num_nodes - 1) or T * min(K, nodes.num_nodes)
             self.came[rank][:, ROWS_WORD] = self.ranks.on_device(torch.tensor(self.comes(rank, segment)).int())
             poisoned = self.ranks.poisoned
             found.append(
                 {
                     "slots": poisoned(T, nodes.num_nodes, dtype=torch.int32),
                     "ids": poisoned(nodes.num_nodes * segment, K, dtype=index.dtype),
-                    "ids_out": poisoned(most, K, dtype=index.dtype),
-                    "tokens_out": poisoned(most, dtype=torch.int32),
                     "dst_token": poisoned(T * min(K, nodes.num_ranks), dtype=torch.int64),
                 }
             )
+            went = [apart] * nodes.num_nodes if apart else self.headers[rank][:, ROWS_WORD].tolist()
+            self.parcels.append(Parcels(self.ranks, nodes, went, K))
             words = {"mine": self.headers[rank], "came": self.came[rank], "apart": apart, "segment": segment}
-            fields.append({**self.common(rank), **found[-1], **words})
+            fields.append({**self.common(rank), **found[-1], **words, "parcels_out": self.parcels[-1].memory})
         self.ranks.launch(rails_spec.SPEC, fields, (2, rails_spec.THREADS, self.smem()), self.config)
         self.ranks.wait()
         return [{name: tensor.cpu() for name, tensor in one.items()} for one in found]

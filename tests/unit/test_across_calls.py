@@ -172,7 +172,7 @@ def counted_waits() -> Iterator[list[str]]:
         yield names
 
 
-@pytest.mark.parametrize("most", [8, 1 << 17])
+@pytest.mark.parametrize("most", [8, 1 << 18])
 def test_launches_exchanges_and_waits(most):
     """Few tokens cross at once, whatever M is. The routing of very many could not cross with the headers."""
     group = SilentNodes(MoeShape(E, K, H, most))
@@ -227,10 +227,11 @@ STATE = 8
 
 @pytest.mark.parametrize("x", PARCELS)
 def test_a_chunk_is_one_operation_each_way(silent, x):
-    """Rows, scales and weights; the state of the sender is another one, as is what a call along a plan says first."""
+    """Rows, scales and weights, and a routing; the state of the sender is another one, as is what a call says first."""
     group, (rows, row_bytes), weight_bytes = silent.group, PARCELS[x], T * 4 * K
-    exchanges = silent.channel.exchanges
+    exchanges, most = silent.channel.exchanges, 8
     sent = group.dispatch(rows, routing())
+    assert exchanges[-2] == ({1: [HEADER_BYTES, most * (2 * K + 4)]},) * 2
     assert exchanges[-1] == ({1: [row_bytes + weight_bytes, STATE]},) * 2
     weights = torch.ones(T, K, dtype=torch.float32)
     group.redispatch(rows, sent.plan, topk_weights=weights)

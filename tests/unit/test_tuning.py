@@ -212,8 +212,8 @@ def test_rows_between_nodes_cross_in_chunks_that_are_large_enough():
 
 
 def test_a_routing_crosses_with_the_headers_if_it_is_small():
-    token_bytes = 8 * 8 + 4
-    assert tuning.routing_at_once(4096, token_bytes, 1)
-    assert tuning.routing_at_once(1101, token_bytes, 7)
-    assert not tuning.routing_at_once(4096, token_bytes, 2), "557 KB"
+    token_bytes = 8 * 2 + 4
+    assert tuning.routing_at_once(4096, token_bytes, 7)
+    assert tuning.routing_at_once(52428, token_bytes, 1)
+    assert not tuning.routing_at_once(4096, token_bytes, 15), "1.2 MB"
     assert not tuning.routing_at_once(2**31 - 1, token_bytes, 1), "nobody knows M"

@@ -65,6 +65,7 @@ class CrossingRouting(NamedTuple):
         ids: Address of ``[N, segment, K]``: their experts on this node; -1 in the padding of segments.
         id_bytes: Bytes of the experts of a token.
         tokens: Address of the numbers of the tokens from other nodes, on the ranks that they come from.
+        parcels: Where the parcels with both come, which `dispatch_relay` lays out.
         parts: What of it crosses, with places in the memory, which begins with ``ids``, for addresses.
         relay: How much that is.
     """
@@ -73,5 +74,6 @@ class CrossingRouting(NamedTuple):
     ids: int
     id_bytes: int
     tokens: int
+    parcels: int
     parts: Parts
     relay: Relay

@@ -15,8 +15,8 @@ from tokenferry.backends.cuda import launch
 from tokenferry.backends.cuda import plan as cuda_plan
 from tokenferry.backends.cuda.across import launch as across_launch
 from tokenferry.backends.cuda.across.crossing import Crossing
-from tokenferry.backends.cuda.across.parcels import Chunks, RowWidths, Swap
-from tokenferry.backends.cuda.across.rails import Part, Parts
+from tokenferry.backends.cuda.across.parcels import Chunks, RoutingParcels, RowWidths, Swap, routing_bytes
+from tokenferry.backends.cuda.across.rails import Parts
 from tokenferry.backends.cuda.across.relay import Relay, RelayLayout, relay_layout
 from tokenferry.backends.cuda.bounded import BoundedDict
 from tokenferry.backends.cuda.buffers import section_ends
@@ -119,8 +119,8 @@ class AcrossSizes(NamedTuple):
         routing: How much of the routing crosses.
         relay: Where the parts of ``Plan._places`` lie.
         plan: Where the parts of the plan lie that do not depend on the rows that arrive.
-        memory: Where the parts of the routing lie behind ``ids``: ``ids_out``, ``tokens_out``, ``tokens_in``, the table
-            and the bases of the kernels of one node; then the end.
+        memory: Where the parts of the routing lie behind ``ids``: ``tokens``, the parcels for other nodes, those from
+            there, the table and the bases of the kernels of one node; then the end.
         parts: What of the routing crosses; see `CrossingRouting.parts`.
         swaps: The exchanges of rows, if it is known how many cross.
     """
@@ -192,7 +192,7 @@ def new_across_form(group: Group, plan: PlanForm, shape: MoeShape, kind: RowKind
     split = across_launch.split_template(context, topology, E, K, wide=wide)
     on_device = options.counts == "device"
     split.params.capacity = M if on_device else 0
-    at_once = on_device or routing_at_once(M, K * plan.topk_dtype.itemsize + 4, num_nodes - 1)
+    at_once = on_device or routing_at_once(M, routing_bytes(K), num_nodes - 1)
     rails = across_launch.rails_template(context, topology, E, K, wide=wide)
     rails.params.apart = M if at_once else 0
     split.params.num_states = num_nodes * group.crossing.chunks(kind.row_bytes).num
@@ -202,6 +202,9 @@ def new_across_form(group: Group, plan: PlanForm, shape: MoeShape, kind: RowKind
     signature = dispatch_signature(geometry, kind, options.capacity or 0)
     moved = MoveSizes(shape, options, kind, geometry.num_local, geometry.sizes.capacity, num_sms)
     went = Went(RAIL_WORDS, M if on_device else 0)
+    relay = across_launch.relay_template(context, topology, group.host, K, wide=wide)
+    relay.params.capacity = M if on_device else 0
+    relay.params.apart = rails.params.apart
     return AcrossForm(
         signature,
         geometry,
@@ -209,7 +212,7 @@ def new_across_form(group: Group, plan: PlanForm, shape: MoeShape, kind: RowKind
         plan,
         split,
         rails,
-        across_launch.relay_template(context, topology, group.host, M if on_device else 0),
+        relay,
         notify,
         assign,
         not on_device,
@@ -233,9 +236,7 @@ def sizes_of(
         num_sent: Most rows that this rank sends.
     """
     geometry, K = form.geometry, form.plan.top_k
-    num_tokens, num_nodes, num_in, num_out = (
-        routing.came[routing.node], routing.num_nodes, routing.first_in[-1], routing.first_out[-1],
-    )  # fmt: skip
+    num_tokens, num_nodes, num_in = routing.came[routing.node], routing.num_nodes, routing.first_in[-1]
     width = num_columns(num_ranks, K, by_expert=geometry.by_expert)
     relay = relay_layout(routing, num_tokens, num_ranks, width)
     num_offsets = geometry.num_local + 1 if form.by_offsets else 0
@@ -244,8 +245,9 @@ def sizes_of(
     )
     num, id_bytes = num_nodes * routing.segment, K * form.plan.topk_dtype.itemsize
     columns = geometry.shape.num_experts // num_nodes + num_ranks
+    out, came = (RoutingParcels(rows, routing.node, K) for rows in (routing.went, routing.came))
     memory = section_ends(
-        num * id_bytes, num_out * id_bytes, 4 * num_out, 4 * num_in, 4 * num_units(num) * columns,
+        num * id_bytes, 4 * num_in, out.num_bytes, came.num_bytes, 4 * num_units(num) * columns,
         4 * num_nodes * (columns + num_ranks),
     )  # fmt: skip
     swaps = None
@@ -256,25 +258,9 @@ def sizes_of(
         relay,
         PlanLayout(num_tokens, num_sent, width, 0, 0, src_at, counts_at, offsets_at, places_at, 0, 0, end),
         memory,
-        _parts(routing, memory, id_bytes),
+        came.parts(memory[2], is_sent=False) + out.parts(memory[1], is_sent=True),
         swaps,
     )
-
-
-def _parts(routing: Relay, memory: tuple[int, ...], id_bytes: int) -> Parts:
-    """Return what of the routing crosses: ids and tokens of each node; ``memory``: of `AcrossSizes`."""
-    ids_out_at, tokens_out_at, tokens_in_at, *_ = memory
-    incoming: list[Part] = []
-    outgoing: list[Part] = []
-    for m, (went, came) in enumerate(zip(routing.went, routing.came, strict=True)):
-        goes, comes = routing.first_out[m], routing.first_in[m]
-        if m != routing.node and came:
-            incoming.append((m * routing.segment * id_bytes, came * id_bytes, m, False))
-            incoming.append((tokens_in_at + 4 * comes, 4 * came, m, False))
-        if m != routing.node and went:
-            outgoing.append((ids_out_at + goes * id_bytes, went * id_bytes, m, True))
-            outgoing.append((tokens_out_at + 4 * goes, 4 * went, m, True))
-    return incoming + outgoing
 
 
 def new_again_form(group: Group, moved: MoveSizes) -> MoveForm:

@@ -29,10 +29,13 @@ _SPLIT = call_packer(
 )
 _RAILS = call_packer(
     rails_spec.SPEC,
-    "topk_idx", "table", "bases", "mine", "came", "dst_counts", "slots", "ids", "ids_out", "tokens_out", "dst_token",
+    "topk_idx", "table", "bases", "mine", "came", "dst_counts", "slots", "ids", "parcels_out", "dst_token",
     "num_tokens", "segment",
 )  # fmt: skip
-_RELAY = call_packer(relay_spec.SPEC, "headers", "mine", "sizes", "dst_counts", "num_tokens", "segment")
+_RELAY = call_packer(
+    relay_spec.SPEC,
+    "parcels_in", "headers", "mine", "ids", "tokens", "sizes", "dst_counts", "num_tokens", "segment",
+)  # fmt: skip
 _PACK = call_packer(
     pack_spec.SPEC,
     "x", "scale", "weights", "slots", "dst_counts", "went", "out", "scale_row_stride", "scale_stride", "num_tokens",
@@ -85,11 +88,11 @@ def rails_template(context: Context, topology: Topology, num_experts: int, top_k
     return template
 
 
-def relay_template(context: Context, topology: Topology, host: int, capacity: int) -> LaunchTemplate:
-    """Return a template of `dispatch_relay`; ``host``: address of the words of the host."""
-    template = context.new_template(relay_spec.SPEC, _RELAY)
+def relay_template(context: Context, topology: Topology, host: int, top_k: int, *, wide: bool) -> LaunchTemplate:
+    """Return a template of `dispatch_relay`; ``host``: address of the words of the host; ``wide``: as above."""
+    template = context.new_template(relay_spec.SPEC, _RELAY, wide=int(wide))
     p = template.params
-    p.host, p.capacity, p.num_nodes, p.node = host, capacity, topology.num_nodes, topology.node
+    p.host, p.top_k, p.num_nodes, p.node = host, top_k, topology.num_nodes, topology.node
     template.block = relay_spec.THREADS
     return template
 

@@ -1,22 +1,26 @@
-"""What crosses between nodes in a call: rows in chunks, and the parcel in which each of them lies."""
+"""What crosses between nodes in a call, and in which parcels: one operation of NCCL moves each."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from tokenferry import tuning
+from tokenferry.backends.cuda.across.rails import Part
 from tokenferry.backends.cuda.launch import RowKind
 
 _ALIGNMENT = 16
 _WEIGHT_BYTES = 4
+_TOKEN_BYTES = 4
+_ID_BYTES = 2
 
 
 class RowWidths(NamedTuple):
     """Bytes of a row, of its scales and of its weights; 0: there are none.
 
-    A chunk of rows is one parcel: all rows, all scales, then at a multiple of 4 all weights. So NCCL moves it by one
-    operation. In memory, parcels begin ``pitch`` bytes apart for each row, and nothing is sent of what is left over.
+    A chunk of rows is one parcel: all rows, all scales, then at a multiple of 4 all weights. In memory, parcels begin
+    ``pitch`` bytes apart for each row, and nothing is sent of what is left over.
     """
 
     row: int
@@ -27,7 +31,7 @@ class RowWidths(NamedTuple):
     @classmethod
     def new(cls, row: int, scale: int, weights: int) -> RowWidths:
         """Return these widths."""
-        return cls(row, scale, weights, -(-(row + scale + weights) // _ALIGNMENT) * _ALIGNMENT)
+        return cls(row, scale, weights, _aligned(row + scale + weights))
 
     @classmethod
     def of(cls, kind: RowKind) -> RowWidths:
@@ -107,3 +111,43 @@ class Swap(NamedTuple):
     number: int
     used: bool
     whole: bool
+
+
+class RoutingParcels:
+    """The routing for all other nodes, or from there, one parcel for each, as ``dispatch_rails/parcels.cuh`` says.
+
+    A parcel is the numbers of its tokens, then their experts in 16 bits. It begins at a multiple of 16 bytes.
+
+    Args:
+        tokens: Tokens that cross, by node.
+        node: The own node, whose tokens do not.
+        top_k: Experts of a token, K.
+
+    Attributes:
+        num_bytes: Bytes of the memory for all of them.
+    """
+
+    def __init__(self, tokens: Sequence[int], node: int, top_k: int) -> None:
+        self._parcels: list[tuple[int, int, int]] = []
+        self.num_bytes, first, token_bytes = 0, 0, routing_bytes(top_k)
+        for m, num in enumerate(tokens):
+            if m == node:
+                continue
+            before, num_bytes = first * token_bytes, num * token_bytes
+            at = before - before % _ALIGNMENT + _ALIGNMENT * len(self._parcels)
+            self._parcels.append((at, num_bytes, m))
+            first += num
+            self.num_bytes = at + num_bytes
+
+    def parts(self, start: int, *, is_sent: bool) -> list[Part]:
+        """Return the parts of an exchange of those that are not empty; ``start``: where the parcels begin."""
+        return [(start + at, num_bytes, node, is_sent) for at, num_bytes, node in self._parcels if num_bytes]
+
+
+def routing_bytes(top_k: int) -> int:
+    """Return the bytes of the routing of a token that crosses."""
+    return _TOKEN_BYTES + top_k * _ID_BYTES
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT

@@ -115,7 +115,7 @@ class Planner:
         """Take the memory for a plan, and write the routing for each node."""
         call, payload, num_tokens, split, _ = begun
         relay, layout, id_bytes = sizes.routing, sizes.plan, form.plan.top_k * form.plan.topk_dtype.itemsize
-        ids_out_at, tokens_out_at, tokens_in_at, table_at, bases_at, end = sizes.memory
+        tokens_at, out_at, in_at, table_at, bases_at, end = sizes.memory
         plan = object.__new__(AcrossPlan)
         plan._form, plan._dst_counts, plan._made = form.plan, split.dst_counts, {}
         plan._layout, plan._relay_layout, plan._num_sent = layout, sizes.relay, layout.num_sent
@@ -125,31 +125,32 @@ class Planner:
         if begun.sizes is None:
             memory = self._context.empty((end,), (1,), torch.uint8)
             at = memory.data_ptr()
-        routing = CrossingRouting(memory, at, id_bytes, at + tokens_in_at, sizes.parts, relay)
+        routing = CrossingRouting(memory, at, id_bytes, at + tokens_at, at + in_at, sizes.parts, relay)
         form.rails.pack(
             call.alive, call.number, call.signature.words,
             payload.topk_idx, split.table, split.bases, words.mine, words.headers,
-            split.dst_counts.data_ptr(), start + layout.places + 4 * sizes.relay.slots, at, at + ids_out_at,
-            at + tokens_out_at, start + layout.dst_token, num_tokens, relay.segment,
+            split.dst_counts.data_ptr(), start + layout.places + 4 * sizes.relay.slots, at, at + out_at,
+            start + layout.dst_token, num_tokens, relay.segment,
         )  # fmt: skip
         # All ids are written.
         form.rails.launch(min(self._num_nodes * relay.segment // UNIT_TOKENS, form.rows.sms.local), call.stream)
         return plan, Routed(routing, self._num_nodes * relay.segment, at + table_at, at + bases_at)
 
     def relay(self, form: AcrossForm, begun: Begun, plan: AcrossPlan, routed: Routed, coming: Transfer | None) -> None:
-        """When the routing has come, check who has called, and tell the host how many tokens cross.
+        """When the routing has come, check who has called, lay it out, and tell the host how many tokens cross.
 
         ``coming``: the exchange of the routing; None: nothing comes.
         """
-        call, words = begun.call, begun.split.words
+        call, words, routing = begun.call, begun.split.words, routed.routing
         if coming is not None:
             coming.join()
         form.relay.pack(
             call.alive, call.number, call.signature.words,
-            words.headers, words.mine, plan._block.address + plan._layout.places, begun.split.dst_counts.data_ptr(),
-            begun.num_tokens, routed.routing.relay.segment,
+            routing.parcels, words.headers, words.mine, routing.ids, routing.tokens,
+            plan._block.address + plan._layout.places, begun.split.dst_counts.data_ptr(), begun.num_tokens,
+            routing.relay.segment,
         )  # fmt: skip
-        form.relay.launch(1, call.stream)
+        form.relay.launch(min(routed.num // UNIT_TOKENS, form.rows.sms.local), call.stream)
 
     def notify(self, form: AcrossForm, call: Call, plan: AcrossPlan, routed: Routed) -> None:
         """Count the rows of all segments inside the node, exchange the counts there, and compute the places of rows."""
