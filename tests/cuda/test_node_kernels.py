@@ -92,18 +92,19 @@ def test_any_routing(all_ranks, num_nodes, local, dtype):
         split_and_check(Splitter(ranks, nodes, index))
 
 
-def test_room_for_all_tokens_on_each_node():
+@pytest.mark.parametrize(("bad", "seen"), [(12, 12), ((1 << 32) + 9, 0x7FFFFFFF)])
+def test_room_for_all_tokens_on_each_node(bad, seen):
     """Where counts stay on the device. A bad index is recorded, and counts as unused."""
     ranks = ranks_of(2)
     choices = [[[0, 4], [9, 2], [-1, 11]], [[4, 8]] * 130]
     index = [torch.tensor(one) for one in choices]
-    index[0][2, 0] = 12
+    index[0][2, 0] = bad
     splitter = Splitter(ranks, [Nodes(12, 6, 3, 1), Nodes(12, 6, 3, 0)], index, capacity=200)
     splitter.split()
     ranks.wait()
     record = ranks.record(0)
     assert record is not None
-    assert (record.code, record.word, record.peer, record.seen) == (Fault.bad_routing, 2, 0, 12)
+    assert (record.code, record.word, record.peer, record.seen) == (Fault.bad_routing, 2, 0, seen)
     ranks.check_quiet()
     made = splitter.rails(200)
     for rank, nodes in enumerate(splitter.nodes):

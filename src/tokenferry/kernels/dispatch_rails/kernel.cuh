@@ -28,10 +28,10 @@ struct Unit {
     u32 first;          // first token
 };
 
-// Returns the number of an expert on its node m; -1 if it is on another one.
+// Returns the number of an expert on its node m; -1 if it is on another one, or there is none of that number.
 DEV i64 expert_on(const DispatchRailsParams& p, i64 e, u32 m) {
     const u32 of_node = p.num_experts / p.num_nodes;
-    return e >= 0 && (u32)e / of_node == m ? e - (i64)m * of_node : -1;
+    return e >= 0 && e < p.num_experts && (u32)e / of_node == m ? e - (i64)m * of_node : -1;
 }
 
 // Returns the parcel for node m.
