@@ -10,6 +10,7 @@ that is late as any decode kernel does.
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import astuple, dataclass
 
 import torch
@@ -146,14 +147,23 @@ class Workspaces:
         context: Context of this rank.
         allocator: Allocator of blocks of the heap.
         num_nodes: Nodes from which tokens come.
+        agree: Across nodes: called when a workspace is made with whether all ranks of this node have room for it; tells
+            other nodes, and returns the nodes that have none. None: there are no others.
 
     Attributes:
         now: The latest workspace, or None.
     """
 
-    def __init__(self, context: Context, allocator: SymmetricAllocator, num_nodes: int = 1) -> None:
+    def __init__(
+        self,
+        context: Context,
+        allocator: SymmetricAllocator,
+        num_nodes: int = 1,
+        agree: Callable[[Call, bool], list[int]] | None = None,
+    ) -> None:
         self._context = context
         self._num_nodes = num_nodes
+        self._agree = agree
         self._allocator = allocator
         self._num_made = 0
         self._captured: list[Workspace] = []
@@ -253,16 +263,20 @@ class Workspaces:
         except CapacityError as error:
             full = error.with_traceback(None)  # which would hold this frame, and this frame holds it
         shared = self._share(call, sizes, 0 if workspace is None else workspace.block.offset)
+        first = context.flight_recorder.first_rank
+        without = [first + rank for rank, offset in shared.offsets.items() if not offset]
+        where, full_nodes = f"rank(s) {without}", [] if self._agree is None else self._agree(call, not without)
         if full is not None:
             try:
                 raise full
             finally:
                 del full
-        without = [rank for rank, offset in shared.offsets.items() if not offset]
-        if without:
+        if full_nodes and not without:
+            where = f"a rank on node(s) {full_nodes}"
+        if without or full_nodes:
             raise CapacityError(
-                f"{phase}: the heap of rank(s) {without} has no room for the {num_bytes / 2**20:.1f} MiB of rows under "
-                "way that calls of this size need; set TOKENFERRY_HEAP_MB higher, or release earlier results there"
+                f"{phase}: the heap of {where} has no room for the {num_bytes / 2**20:.1f} MiB of rows under way that "
+                "calls of this size need; set TOKENFERRY_HEAP_MB higher, or release earlier results there"
             )
         assert workspace is not None
         bases = context.window.bases

@@ -134,14 +134,15 @@ class AcrossCombiner:
         if swaps is None:
             swaps = along.swaps[form] = relay.swaps(crossing.steps, form.chunks, form.widths, back=True)
         num_tokens, num_in, num_out = along.whole.num_tokens, relay.first_in[-1], relay.first_out[-1]
+        # Memory is taken before anything is sent: if there is none, the group is still whole.
+        source = self._inside.source(inside, call, y, weights, along.whole, shared=True)
+        words, sums_at = crossing.new_words(form.chunks.num, (num_in + num_out + num_tokens) * pitch)
+        others = sums_at + num_in * pitch
+        own = others + num_out * pitch
+        own_weights = 0 if weights is None else own + num_tokens * form.widths.row
         with self._breaking_off:  # peers wait for this rank
-            words, sums_at = crossing.new_words(form.chunks.num, (num_in + num_out + num_tokens) * pitch)
-            others = sums_at + num_in * pitch
-            own = others + num_out * pitch
-            own_weights = 0 if weights is None else own + num_tokens * form.widths.row
             # Sums go back where tokens came from.
             opening = crossing.announce(call, words, form.chunks, along.came, along.went, src_counts)
-            source = self._inside.source(inside, call, y, weights, along.whole, shared=True)
             transfers = self._send_sums(form, call, along, source, swaps, opening, sums_at)
             here = along.segments.get(relay.node) or along.segment(relay.node)
             self._inside.add_up(inside, call, source, here, Sums(own, weights_out=own_weights))

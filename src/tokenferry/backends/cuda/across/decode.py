@@ -110,7 +110,7 @@ class AcrossDecoder(Decoding):
         explain: Callable[[Exception], NoReturn],
     ) -> None:
         super().__init__(context, allocator, key)
-        self.workspaces = Workspaces(context, allocator, topology.num_nodes)
+        self.workspaces = Workspaces(context, allocator, topology.num_nodes, rails.nodes_without)
         self._topology = topology
         self._first_rank = topology.nodes[topology.node][0]
         self._breaking_off = context.breaking_off()

@@ -172,13 +172,15 @@ class AcrossDispatcher:
         """
         rows, waits, tight, planner, steps = form.rows, form.waits, form.tight, self._planner, self._crossing.steps
         begun = planner.begin(form, call, payload, num_tokens)
-        sizes, went, passing, counts = begun.sizes, None, None, None
+        sizes, went, passing, counts, received = begun.sizes, None, None, None, None
         if sizes is not None:  # the routing is written while the host waits
-            with self._breaking_off:  # peers wait for this rank
-                plan, routed = planner.write(form, begun, sizes)
+            plan, routed = planner.write(form, begun, sizes)
         if waits:
             went = planner.wait(begun)
-        with self._breaking_off:
+        else:  # nothing has been sent: if there is no memory, the group is still whole
+            assert sizes is not None
+            received = self._recv(form, call, plan, sizes.routing, None)
+        with self._breaking_off:  # peers wait for this rank
             if sizes is None:
                 assert went is not None
                 sizes = planner.sizes(form, begun, went)
@@ -214,7 +216,7 @@ class AcrossDispatcher:
                     swaps = relay.swaps(steps, rows.chunks, rows.widths, back=False)
             assert swaps is not None
             passing = passing or self._begin_rows(rows, begun, relay, swaps, out)
-            result, recv = self._recv(form, call, plan, relay, counts)
+            result, recv = received or self._recv(form, call, plan, relay, counts)
             self._move(rows, call, plan._along, swaps, passing, recv, routed)
             if rows.expand is not None or result.leaves_block:
                 self._expand(rows, call, result, plan, plan._along)
@@ -333,15 +335,16 @@ class AcrossDispatcher:
         if swaps is None:
             swaps = along.swaps[form] = relay.swaps(crossing.steps, form.chunks, form.widths, back=False)
         num_out, num_in = relay.first_out[-1], relay.first_in[-1]
+        # Memory is taken before anything is sent: if there is none, the group is still whole.
+        result, recv = self._recv_rows(form, call, plan)
+        words, out_at = crossing.new_words(form.chunks.num, (num_out + num_in) * pitch)
         with self._breaking_off:  # peers wait for this rank
-            words, out_at = crossing.new_words(form.chunks.num, (num_out + num_in) * pitch)
             opening = crossing.announce(call, words, form.chunks, along.went, along.came, along.whole.src_counts)
             into_at = out_at + num_out * pitch
             if num_out:
                 going = Going(along.slots, along.dst_counts, along.went, along.whole.num_tokens)
                 _pack(form, call, going, payload, out_at)
             transfers = crossing.rows(call, swaps, words, out_at, into_at, opening=opening)
-            result, recv = self._recv_rows(form, call, plan)
             passing = Passing(payload, into_at, words.memory, transfers, words)
             self._move(form, call, along, swaps, passing, recv, opening)
             if form.expand is not None or result.leaves_block:

@@ -83,6 +83,18 @@ class MessageRails(ABC):
         return frozenset()
 
     @abstractmethod
+    def nodes_without(self, call: Call, has_room: bool) -> list[int]:
+        """Return the nodes on which a rank has no room for the memory of a call, before anything of it is sent.
+
+        Args:
+            call: The call.
+            has_room: Whether all ranks of this node have, which all of them know.
+
+        Raises:
+            PeerTimeout: a rank across from this one did not answer in time.
+        """
+
+    @abstractmethod
     def exchange(self, call: Call, messages: Messages, kept: object, patience: float) -> Transfer:
         """Begin to exchange messages with all other nodes, behind the work of the current stream; returns at once.
 
@@ -107,6 +119,10 @@ class ExchangedMessages(MessageRails):
 
     def check(self, phase: str, body_bytes: int) -> None:
         """See `MessageRails.check`: any size will do."""
+
+    def nodes_without(self, call: Call, has_room: bool) -> list[int]:
+        """See `MessageRails.nodes_without`."""
+        return [node for node, has in enumerate(self._crossing.verdicts(call, has_room)) if not has]
 
     def exchange(self, call: Call, messages: Messages, kept: object, patience: float) -> Transfer:
         """See `MessageRails.exchange`."""

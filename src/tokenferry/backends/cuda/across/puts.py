@@ -292,6 +292,10 @@ class PutMessages(MessageRails):
         """See `MessageRails.unreachable`."""
         return self._puts.unreachable()
 
+    def nodes_without(self, call: Call, has_room: bool) -> list[int]:
+        """Return none: a rank may be masked, so nobody waits for all; the messages of a node without room are late."""
+        return []
+
     def exchange(self, call: Call, messages: Messages, kept: object, patience: float) -> Transfer:
         """See `MessageRails.exchange`."""
         return self._puts.exchange(call, messages, patience)
