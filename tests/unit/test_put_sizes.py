@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from tokenferry.backends.cuda.across.puts import region_sizes
 from tokenferry.compat.deep_ep import Buffer
+from tokenferry.errors import ConfigError
 from tokenferry.topology import Topology, consecutive
 from tokenferry.types import MoeShape
 
@@ -27,6 +28,12 @@ def test_given_bytes_are_used_and_no_more(num_nodes, num_bytes):
     assert sizes.message_bytes < 1 << 32
     if num_bytes > 400_000 and sizes.message_bytes < 1 << 30:
         assert 0.9 * num_bytes < sizes.num_bytes <= num_bytes
+
+
+def test_messages_that_kernels_cannot_count():
+    """In 32 bits: sizes of more were cut off, and messages overlapped."""
+    with pytest.raises(ConfigError, match="has 4299161600 bytes, at most 2147483647"):
+        region_sizes(MoeShape(64, 8, 16384, 65536), Topology(0, consecutive(8, 4)))
 
 
 @given(st.integers(1, 300), st.integers(1, 64), st.sampled_from([2, 8, 32]), st.sampled_from([1, 7, 64, 256, 1024]))

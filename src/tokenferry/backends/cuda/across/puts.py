@@ -21,7 +21,7 @@ from tokenferry.backends.cuda.context import Call, Context, LaunchTemplate, call
 from tokenferry.backends.cuda.control import write_field
 from tokenferry.backends.cuda.faults import pinned_words, view_words
 from tokenferry.backends.cuda.patience import ROWS_ACROSS
-from tokenferry.errors import CapacityError
+from tokenferry.errors import CapacityError, ConfigError
 from tokenferry.jit.kernel import KernelSpec
 from tokenferry.jit.linker import DeviceLibrary
 from tokenferry.kernels.control_block import MESSAGE_HEAD_BYTES, NODE_WORDS, RAIL_CHUNK_BYTES, SIGNATURE_WORDS
@@ -97,6 +97,11 @@ def region_sizes(
     record = 16 * record_units(H, item_bytes, shape.top_k, cast=False, weighted=True)
     encoded = max(encoded_bytes(H, item_bytes, encoding) for encoding in (Encoding.fp8, Encoding.logfmt10))
     body = rail_sizes(shape, topology).segment * max(record, encoded)
+    if body > _MOST_BODY:
+        raise ConfigError(
+            f"ExpertGroup: transport='nvshmem': a message of decode calls of this shape has {body} bytes, at most "
+            f"{_MOST_BODY} are possible; use a smaller max_tokens or node_slots, or a group without transport='nvshmem'"
+        )
     sizes = _sizes_of(N, body)
     if num_bytes is not None and num_bytes > sizes.num_bytes:
         rest = num_bytes // N - 4 * (MESSAGE_HEAD_BYTES + _LINE) - 16  # of a node, for bodies and the flags of chunks
