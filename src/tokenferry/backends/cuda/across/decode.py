@@ -27,7 +27,7 @@ from tokenferry.backends.cuda.across.decode_forms import (
     rail_sizes,
     sizes_of,
 )
-from tokenferry.backends.cuda.across.decode_sums import AcrossCombineForm, NodeSums, SumKind
+from tokenferry.backends.cuda.across.decode_sums import DecodeSumForm, NodeSums, SumKind
 from tokenferry.backends.cuda.across.messages import MessageRails, Messages
 from tokenferry.backends.cuda.across.rails import Transfer
 from tokenferry.backends.cuda.bounded import BoundedDict
@@ -118,7 +118,7 @@ class AcrossDecoder(Decoding):
         self._explain = explain
         self._sums = NodeSums(context, topology, rails)
         self._across: BoundedDict[DispatchKind, AcrossDispatchForm] = BoundedDict(_MAX_FORMS)
-        self._sum_forms: BoundedDict[SumKind, AcrossCombineForm] = BoundedDict(_MAX_FORMS)
+        self._sum_forms: BoundedDict[SumKind, DecodeSumForm] = BoundedDict(_MAX_FORMS)
 
     @property
     def caught_up(self) -> bool:
@@ -287,7 +287,7 @@ class AcrossDecoder(Decoding):
 
     def known_combine(
         self, of: DecodeDispatchForm, y: Tensor, topk_dtype: torch.dtype, encoding: Encoding, *, fast: bool
-    ) -> AcrossCombineForm | None:
+    ) -> DecodeSumForm | None:
         """See `Decoding.known_combine`."""
         del topk_dtype  # the kernels see the routing that `decode_unpack` has written
         shape = of.shape
@@ -297,7 +297,7 @@ class AcrossDecoder(Decoding):
 
     def send_back(
         self,
-        form: AcrossCombineForm,
+        form: DecodeSumForm,
         call: Call,
         y: Tensor,
         plan: PlanParts,

@@ -84,7 +84,7 @@ class SumMemory(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class AcrossCombineForm:
+class DecodeSumForm:
     """What all decode combines of the same sizes, dtypes and options share.
 
     Attributes:
@@ -178,7 +178,7 @@ class NodeSums:
 
     def form(
         self, of: SumKind, sizes: RailSizes, seen: MoeShape, signature: Signature, workspace: Workspace
-    ) -> AcrossCombineForm:
+    ) -> DecodeSumForm:
         """Return the form of combines whose rows inside the node are under way in a workspace."""
         context, encoding, dtype, columns = self._context, of.encoding, of.dtype, of.rows[2]
         kind = CombineKind(seen, dtype, of.fast, Encoding.same, torch.int32)
@@ -193,7 +193,7 @@ class NodeSums:
             encode = encode_template(context, dtype, encoding)
             add_up = sum_encoded_template(context, self._topology, dtype, encoding)
         row_bytes, words = encoded_bytes(columns, dtype.itemsize, encoding), RailWords.of(sizes.num_nodes)
-        return AcrossCombineForm(
+        return DecodeSumForm(
             signature,
             inside.workspace,
             inside.members,
@@ -221,7 +221,7 @@ class NodeSums:
 
     def new(
         self,
-        form: AcrossCombineForm,
+        form: DecodeSumForm,
         y: Tensor,
         plan: PlanParts,
         out: Tensor | None,
@@ -242,19 +242,19 @@ class NodeSums:
         at = memory.data_ptr()
         return SumsUnderWay(y, plan, tokens, memory, at, at + crossing, out, copy_to, return_hook)
 
-    def send(self, form: AcrossCombineForm, call: Call, it: SumsUnderWay) -> None:
+    def send(self, form: DecodeSumForm, call: Call, sums: SumsUnderWay) -> None:
         """Send what is this rank's own: weights for other nodes, and rows inside the node.
 
         Rows travel while the weights cross; without weights one kernel sends and receives them, if there is no hook.
         """
-        sizes, parts, at, table = form.sizes, form.memory, it.at, it.plan.table
+        sizes, parts, at, table = form.sizes, form.memory, sums.at, sums.plan.table
         words, num_weights = parts.words, sizes.segment * sizes.top_k
         self._open.pack(
             call.alive, call.number, call.signature.words,
             at + words.mine, at + words.came, at + words.states, table + 4 * sizes.number, table + 4 * sizes.slots,
-            it.plan.topk_weights.data_ptr() if form.exact else 0,
+            sums.plan.topk_weights.data_ptr() if form.exact else 0,
             at + parts.weights + 4 * sizes.num_relayed * sizes.top_k, at + parts.weights_out if form.exact else 0,
-            it.plan.num_tokens, sizes.top_k,
+            sums.plan.num_tokens, sizes.top_k,
         )  # fmt: skip
         self._open.launch(self._num_blocks if form.exact else 1, call.stream)
         if form.exact:
@@ -262,68 +262,68 @@ class NodeSums:
                 at + words.mine, at + words.came, at + parts.weights_out, at + parts.weights, 4 * num_weights, 0,
                 table + 4 * sizes.number,
             )  # fmt: skip
-            it.transfer = self._rails.exchange(call, messages, it.memory, patience.WEIGHTS_ACROSS)
-        if form.exact or it.hooked:
-            self._inside(form, call, it, SEND)
+            sums.transfer = self._rails.exchange(call, messages, sums.memory, patience.WEIGHTS_ACROSS)
+        if form.exact or sums.hooked:
+            self._inside(form, call, sums, SEND)
 
-    def receive(self, form: AcrossCombineForm, call: Call, it: SumsUnderWay) -> None:
+    def receive(self, form: DecodeSumForm, call: Call, sums: SumsUnderWay) -> None:
         """Add up what the node sends for the tokens that this rank acts for, exchange the sums, and add these up."""
-        parts, at, mine, came = form.memory, it.at, 0, 0
+        parts, at, mine, came = form.memory, sums.at, 0, 0
         words = parts.words
-        if it.transfer is not None:
-            since = self._rails.join(call, it.transfer, at + words.since)
-            self._check_words(form, call, it, since, headers=at + words.came, num_states=0)
+        if sums.transfer is not None:
+            since = self._rails.join(call, sums.transfer, at + words.since)
+            self._check_words(form, call, sums, since, headers=at + words.came, num_states=0)
         else:  # headers come with the sums
             mine, came = at + words.mine, at + words.came
-        self._inside(form, call, it, RECEIVE if form.exact or it.hooked else SEND | RECEIVE)
+        self._inside(form, call, sums, RECEIVE if form.exact or sums.hooked else SEND | RECEIVE)
         if form.encode is not None:
             form.encode.pack(
                 call.alive, call.number, call.signature.words,
-                at + parts.sums, it.crossing, it.tokens, form.columns,
+                at + parts.sums, sums.crossing, sums.tokens, form.columns,
             )  # fmt: skip
             form.encode.launch(self._num_blocks, call.stream)
         body_bytes = form.sizes.segment * form.row_bytes
-        epoch = it.plan.table + 4 * form.sizes.number
-        messages = Messages(mine, came, it.crossing, at + parts.came, body_bytes, at + words.states, epoch)
-        transfer = self._rails.exchange(call, messages, it.memory, patience.SUMS_ACROSS)
+        epoch = sums.plan.table + 4 * form.sizes.number
+        messages = Messages(mine, came, sums.crossing, at + parts.came, body_bytes, at + words.states, epoch)
+        transfer = self._rails.exchange(call, messages, sums.memory, patience.SUMS_ACROSS)
         since = self._rails.join(call, transfer, at + words.since)
-        self._check_words(form, call, it, since, headers=came, num_states=form.sizes.num_nodes)
-        self._add_up(form, call, it)
+        self._check_words(form, call, sums, since, headers=came, num_states=form.sizes.num_nodes)
+        self._add_up(form, call, sums)
 
-    def _inside(self, form: AcrossCombineForm, call: Call, it: SumsUnderWay, phases: int) -> None:
+    def _inside(self, form: DecodeSumForm, call: Call, sums: SumsUnderWay, phases: int) -> None:
         """Launch the kernel of one node."""
-        parts, plan, at = form.memory, it.plan, it.at
+        parts, plan, at = form.memory, sums.plan, sums.at
         form.kernel.pack(
             call.wait_ns, call.alive, call.number, call.signature.words,
-            it.y.data_ptr(), at + parts.sums, plan.table + 4 * form.sizes.ids, at + parts.weights, plan.row_weights,
-            plan.table, at + parts.pending if form.exact or it.hooked else 0, self._context.pinned.masked_address,
-            address(it.trace), it.tokens, phases,
+            sums.y.data_ptr(), at + parts.sums, plan.table + 4 * form.sizes.ids, at + parts.weights, plan.row_weights,
+            plan.table, at + parts.pending if form.exact or sums.hooked else 0, self._context.pinned.masked_address,
+            address(sums.trace), sums.tokens, phases,
         )  # fmt: skip
         form.kernel.launch(self._num_blocks, call.stream)
 
     def _check_words(
-        self, form: AcrossCombineForm, call: Call, it: SumsUnderWay, since: int, *, headers: int, num_states: int
+        self, form: DecodeSumForm, call: Call, sums: SumsUnderWay, since: int, *, headers: int, num_states: int
     ) -> None:
         """Launch what makes later kernels no-ops if a rank across made another call, or sent undefined data or none."""
         self._check.pack(
             call.wait_ns, call.alive, call.number, call.signature.words,
-            headers, it.plan.table + 4 * form.sizes.number, since, 0, 0, it.at + form.memory.words.states,
+            headers, sums.plan.table + 4 * form.sizes.number, since, 0, 0, sums.at + form.memory.words.states,
             self._no_counts, num_states, 0, 1, int(call.skips_masked),
         )  # fmt: skip
         self._check.launch(1, call.stream)
 
-    def _add_up(self, form: AcrossCombineForm, call: Call, it: SumsUnderWay) -> None:
+    def _add_up(self, form: DecodeSumForm, call: Call, sums: SumsUnderWay) -> None:
         """Add up the sums of all nodes."""
-        sizes, parts, num_tokens, out = form.sizes, form.memory, it.plan.num_tokens, it.out
-        slots, own = it.plan.table + 4 * sizes.slots, it.crossing + sizes.num_relayed * form.row_bytes
+        sizes, parts, num_tokens, out = form.sizes, form.memory, sums.plan.num_tokens, sums.out
+        slots, own = sums.plan.table + 4 * sizes.slots, sums.crossing + sizes.num_relayed * form.row_bytes
         head = (call.alive, call.number, call.signature.words)
-        came, add_up = it.at + parts.came, form.add_up
+        came, add_up = sums.at + parts.came, form.add_up
         if num_tokens and form.encode is not None:
             add_up.pack(*head, slots, own, came, out.data_ptr(), num_tokens, form.columns)
         elif num_tokens:
             add_up.pack(*head, slots, self._no_counts, own, came, 0, 0, 0, 0, out.data_ptr(), 0, num_tokens)
         if num_tokens:
             add_up.launch(self._num_blocks, call.stream)
-        if it.copy_to is not None:
+        if sums.copy_to is not None:
             with torch.inference_mode():  # the tensor may come from it
-                it.copy_to.copy_(out)
+                sums.copy_to.copy_(out)

@@ -112,6 +112,26 @@ class AcrossForm:
     known: BoundedDict[int, AcrossSizes]
 
 
+class RoutingMemory(NamedTuple):
+    """Where the parts of the routing lie, in bytes from ``ids``, and where they end.
+
+    Attributes:
+        tokens: The numbers of tokens from other nodes.
+        out: The parcels for other nodes.
+        came: Those from there.
+        table: The table of the kernels of one node.
+        bases: Their bases.
+        num_bytes: The end.
+    """
+
+    tokens: int
+    out: int
+    came: int
+    table: int
+    bases: int
+    num_bytes: int
+
+
 class AcrossSizes(NamedTuple):
     """Where the parts of a plan lie, and the routing that it is made from.
 
@@ -119,8 +139,7 @@ class AcrossSizes(NamedTuple):
         routing: How much of the routing crosses.
         relay: Where the parts of ``Plan._places`` lie.
         plan: Where the parts of the plan lie that do not depend on the rows that arrive.
-        memory: Where the parts of the routing lie behind ``ids``: ``tokens``, the parcels for other nodes, those from
-            there, the table and the bases of the kernels of one node; then the end.
+        memory: Where the parts of the routing lie.
         parts: What of the routing crosses; see `CrossingRouting.parts`.
         swaps: The exchanges of rows, if it is known how many cross.
     """
@@ -128,7 +147,7 @@ class AcrossSizes(NamedTuple):
     routing: Relay
     relay: RelayLayout
     plan: PlanLayout
-    memory: tuple[int, ...]
+    memory: RoutingMemory
     parts: Parts
     swaps: list[Swap] | None
 
@@ -246,10 +265,10 @@ def sizes_of(
     num, id_bytes = num_nodes * routing.segment, K * form.plan.topk_dtype.itemsize
     columns = geometry.shape.num_experts // num_nodes + num_ranks
     out, came = (RoutingParcels(rows, routing.node, K) for rows in (routing.went, routing.came))
-    memory = section_ends(
+    memory = RoutingMemory(*section_ends(
         num * id_bytes, 4 * num_in, out.num_bytes, came.num_bytes, 4 * num_units(num) * columns,
         4 * num_nodes * (columns + num_ranks),
-    )  # fmt: skip
+    ))  # fmt: skip
     swaps = None
     if not (form.waits and form.at_once):
         swaps = routing.swaps(steps, form.rows.chunks, form.rows.widths, back=False)
@@ -258,7 +277,7 @@ def sizes_of(
         relay,
         PlanLayout(num_tokens, num_sent, width, 0, 0, src_at, counts_at, offsets_at, places_at, 0, 0, end),
         memory,
-        came.parts(memory[2], is_sent=False) + out.parts(memory[1], is_sent=True),
+        came.parts(memory.came, is_sent=False) + out.parts(memory.out, is_sent=True),
         swaps,
     )
 
@@ -305,11 +324,13 @@ def _move_form(group: Group, signature: Signature, moved: MoveSizes, went: Went)
         spread = expand_form(context, kind, moved.num_local, moved.options, moved.capacity)
         spread.params.num_sources = topology.num_ranks
     widths, chunks = RowWidths.of(kind), group.crossing.chunks(kind.row_bytes)
+    pack = across_launch.pack_template(context, topology, kind, chunks, widths.pitch)
+    pack.params.went_stride, pack.params.capacity = went
     return MoveForm(
         signature,
         kind,
         sms_of(context, moved.shape, cap_sms(context, moved.num_sms)),
-        across_launch.pack_template(context, topology, kind, (*went, chunks.num, chunks.size, widths.pitch)),
+        pack,
         launch.dispatch_template(context, kind, moved.num_local, by_expert=by_expert),
         launch.dispatch_template(context, packed, moved.num_local, by_expert=by_expert),
         spread,

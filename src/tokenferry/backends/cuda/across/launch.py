@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
+from tokenferry.backends.cuda.across.parcels import Chunks
 from tokenferry.backends.cuda.context import Context, LaunchTemplate, call_packer
 from tokenferry.backends.cuda.launch import RowKind
 from tokenferry.kernels.across_check import spec as check_spec
@@ -97,8 +96,8 @@ def relay_template(context: Context, topology: Topology, host: int, top_k: int, 
     return template
 
 
-def pack_template(context: Context, topology: Topology, kind: RowKind, parcels: Sequence[int]) -> LaunchTemplate:
-    """Return a template of `dispatch_pack`; ``parcels``: ``went_stride`` and what follows it."""
+def pack_template(context: Context, topology: Topology, kind: RowKind, chunks: Chunks, pitch: int) -> LaunchTemplate:
+    """Return a template of `dispatch_pack`; ``pitch``: of `RowWidths`."""
     template = context.new_template(pack_spec.SPEC, _PACK)
     p = template.params
     p.row_bytes, p.top_k = kind.row_bytes, kind.top_k
@@ -106,7 +105,7 @@ def pack_template(context: Context, topology: Topology, kind: RowKind, parcels: 
         p.bulk_scale_bytes = kind.scale_bytes if kind.bulk_scale else 0
         p.scale_size, p.num_scales = kind.scale_dtype.itemsize, kind.scale_columns
     p.num_nodes, p.node = topology.num_nodes, topology.node
-    p.went_stride, p.capacity, p.chunks, p.chunk_tokens, p.pitch = parcels
+    p.chunks, p.chunk_tokens, p.pitch = chunks.num, chunks.size, pitch
     template.block = pack_spec.THREADS
     return template
 

@@ -83,7 +83,7 @@ class Planner:
         sizes, rest = None, 0
         if form.at_once:
             sizes = form.known.get(num_tokens) or self._known(form, num_tokens)
-            rest = sizes.memory[-1]
+            rest = sizes.memory.num_bytes
         split = self._splitter.split(form, call, payload.topk_idx, num_tokens, rest)
         return Begun(call, payload, num_tokens, split, sizes)
 
@@ -115,7 +115,7 @@ class Planner:
         """Take the memory for a plan, and write the routing for each node."""
         call, payload, num_tokens, split, _ = begun
         relay, layout, id_bytes = sizes.routing, sizes.plan, form.plan.top_k * form.plan.topk_dtype.itemsize
-        tokens_at, out_at, in_at, table_at, bases_at, end = sizes.memory
+        tokens_at, out_at, came_at, table_at, bases_at, num_bytes = sizes.memory
         plan = object.__new__(AcrossPlan)
         plan._form, plan._dst_counts, plan._made = form.plan, split.dst_counts, {}
         plan._layout, plan._relay_layout, plan._num_sent = layout, sizes.relay, layout.num_sent
@@ -123,9 +123,9 @@ class Planner:
         words, start = split.words, plan._block.address
         memory, at = words.memory, split.rest
         if begun.sizes is None:
-            memory = self._context.empty((end,), (1,), torch.uint8)
+            memory = self._context.empty((num_bytes,), (1,), torch.uint8)
             at = memory.data_ptr()
-        routing = CrossingRouting(memory, at, id_bytes, at + tokens_at, at + in_at, sizes.parts, relay)
+        routing = CrossingRouting(memory, at, id_bytes, at + tokens_at, at + came_at, sizes.parts, relay)
         form.rails.pack(
             call.alive, call.number, call.signature.words,
             payload.topk_idx, split.table, split.bases, words.mine, words.headers,
