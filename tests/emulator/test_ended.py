@@ -4,6 +4,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 import pytest
+import torch
 
 from support.emulated_group import in_processes, on_ranks
 from support.emulator import Emulator
@@ -16,9 +17,9 @@ from support.ended_ranks import (
     note_end,
     receive_from_a_rank_that_has_ended,
 )
-from support.lost_ranks import PHASES
+from support.lost_ranks import CASE, PHASES
 from support.masks import Absence, make_all_calls
-from tokenferry import ExpertGroup
+from tokenferry import DispatchOptions, ExpertGroup, Routing
 
 pytestmark = pytest.mark.skipif(bool(Emulator.missing()), reason=str(Emulator.missing()))
 
@@ -41,6 +42,20 @@ def test_calls_end_when_a_peer_closes_the_group(run, tmp_path, phase):
     reports = run(3, end_in, Ending(str(tmp_path), end=ExpertGroup.close), phase)
     for rank in (0, 1):
         check_ended(reports[rank], rank, phase, "it closed the group")
+
+
+def close_after_an_error(group: ExpertGroup) -> None:
+    """Close a group whose kernels have found a bad index, about which nobody has asked."""
+    x, good = torch.ones(2, CASE.shape.hidden), torch.zeros(2, CASE.shape.top_k, dtype=torch.int64)
+    group.dispatch(x, Routing(good + CASE.shape.num_experts), options=DispatchOptions(counts="device"))
+    group.close()
+
+
+def test_calls_end_when_a_peer_closes_the_group_after_a_bad_call(run, tmp_path):
+    """The kernel that finds a bad index stops its rank, and tells nobody."""
+    reports = run(3, end_in, Ending(str(tmp_path), end=close_after_an_error), "dispatch")
+    for rank in (0, 1):
+        check_ended(reports[rank], rank, "dispatch", "it closed the group")
 
 
 ABSENCES = [Absence(first, hook) for first in ("dispatch", "combine") for hook in (False, True)]

@@ -4,14 +4,15 @@ import select
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tokenferry.backends.cuda import faults
+from tokenferry.backends.cuda import context, faults
 from tokenferry.backends.cuda.faults import FlightRecorder, Pinned, Record
 from tokenferry.backends.cuda.signature import Signature
-from tokenferry.errors import MismatchError, PeerTimeout, RoutingError
+from tokenferry.errors import CapacityError, MismatchError, PeerTimeout, RoutingError
 from tokenferry.formats.dtypes import dtype_code
 from tokenferry.kernels.control_block import CAPACITY_WORD, RECORD_WORDS, ROWS_WORD, START_WORD, Fault
 
@@ -38,6 +39,37 @@ def test_a_mismatch_names_the_argument(word, seen, message):
     assert str(error) == (
         f"dispatch #7: rank 0 and rank 2 made different calls: {message}; it has to be the same on all ranks"
     )
+
+
+@pytest.mark.parametrize("fault", Fault)
+def test_kernels_tell_peers_of_faults_that_break_the_group(fault):
+    """Of the others nobody has told them, when a group is closed that has not looked."""
+    pinned = Pinned(pin=False)
+    assert not pinned.gave_up
+    pinned.words[0] = fault
+    flight_recorder = FlightRecorder(0)
+    flight_recorder.note(0, Signature("dispatch"))
+    error = flight_recorder.explain(pinned.take_record())
+    pinned.words[0] = fault
+    assert pinned.gave_up is not isinstance(error, RoutingError | CapacityError)
+
+
+def test_what_kernels_say_while_a_group_is_closed_is_what_peers_hear(monkeypatch):
+    """It names the fault, where the host would say only that this rank has closed the group."""
+    closing, written = object.__new__(context.Context), []
+    closing.pinned, closing.window, closing._told_peers = Pinned(pin=False), SimpleNamespace(bases=[0, 1 << 20]), False
+    closing.device, closing.rank, closing.num_ranks = torch.device("cuda", 0), 0, 2
+    monkeypatch.setattr(context, "bytes_at", lambda address, *_: written.append(address) or torch.zeros(8))
+    for fault, tells in ((Fault.mismatch, False), (Fault.overflow, True)):
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda _, found=fault: write_fault(closing.pinned, found))
+        closing.pinned.take_record()
+        closing._told_peers = False
+        closing.tell_peers()
+        assert bool(written) is tells
+
+
+def write_fault(pinned: Pinned, fault: Fault) -> None:
+    pinned.words[0] = fault
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,7 @@ class Context:
         self._number = 0
         self._last: dict[int, int] = {}  # stream of the last call, by capture (0: none)
         self._peers = Peers()
-        self._told_peers = False  # why this group ended
+        self._told_peers = False  # that this group has ended
         self._inherited = False
         forget_in_child(self, Context.forget)
 
@@ -225,11 +225,6 @@ class Context:
         """Notice from now on when a peer's process ends."""
         peers.watch(self.pinned.ended)
         self._peers = peers
-
-    def ended_ranks(self) -> frozenset[int]:
-        """Return the ranks whose processes have ended. What they had sent before is still valid."""
-        ended = self.pinned.ended[0]
-        return frozenset(rank for rank in range(self.num_ranks) if ended >> rank & 1)
 
     @property
     def last_call_number(self) -> int:
@@ -372,9 +367,9 @@ class Context:
     def tell_peers(self) -> None:
         """Tell the kernels of peers that they wait in vain from now on; all that this rank has sent comes before.
 
-        Waits for the work queued on the device. Idempotent. A kernel that has recorded an error has told them.
+        Waits for the work queued on the device. Idempotent. A kernel that has given up has told them, and why.
         """
-        if self._told_peers or self.pinned.faulty:
+        if self._told_peers or self.pinned.gave_up:
             return
         self._told_peers = True
         word = torch.frombuffer(bytearray(struct.pack("<2I", self.rank, Fault.peer_closed)), dtype=torch.uint8)
@@ -382,6 +377,8 @@ class Context:
         with suppress(RuntimeError):  # the CUDA context is broken, or gone
             if self.device.type == "cuda" and self.num_ranks > 1:
                 torch.cuda.synchronize(self.device)
+            if self.pinned.gave_up:  # meanwhile
+                return
             for rank, base in enumerate(self.window.bases):
                 if rank != self.rank:
                     bytes_at(base + offset, word.numel(), self.device, self.window).copy_(word)
