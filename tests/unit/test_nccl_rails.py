@@ -13,13 +13,14 @@ from unittest import mock
 import pytest
 import torch
 
+from tokenferry.backends.cuda.across.backend import AcrossBackend
 from tokenferry.backends.cuda.across.nccl import NcclError
-from tokenferry.backends.cuda.across.nccl_channel import Marks, connect
+from tokenferry.backends.cuda.across.nccl_channel import Marks, NcclChannel, connect
 from tokenferry.backends.cuda.across.nccl_rails import NcclRails
 from tokenferry.backends.cuda.context import Call
 from tokenferry.backends.cuda.setup import find_topology
 from tokenferry.backends.cuda.signature import Signature
-from tokenferry.errors import ConfigError, MismatchError, PeerTimeout
+from tokenferry.errors import BackendUnavailable, ConfigError, MismatchError, PeerTimeout
 from tokenferry.topology import Topology, consecutive
 from tokenferry.transports.failures import FailureReport
 
@@ -311,12 +312,56 @@ def test_a_failed_exchange_is_given_up_at_once(failure):
 
 
 def test_the_host_gives_up_by_itself_if_the_thread_has_ended():
-    rails, channel = make(0.05)
-    with mock.patch.object(NcclRails, "check", side_effect=RuntimeError("CUDA error")):
-        transfer = begin(rails, 0)
-        with pytest.raises(PeerTimeout, match="did not end"):
-            transfer.wait()
+    with mock.patch(f"{SOON}.threading.Thread"):
+        rails, channel = make(0.05)
+    transfer = begin(rails, 0)
+    with pytest.raises(PeerTimeout, match="did not end"):
+        transfer.wait()
     assert channel.aborted.is_set()
+
+
+class BrokenExchange(Exchange):
+    """An exchange about which CUDA says nothing any more."""
+
+    def has_ended(self) -> bool:
+        raise BackendUnavailable("asking about an event failed: CUDA_ERROR_ILLEGAL_ADDRESS (700)")
+
+
+def test_after_an_error_of_cuda_the_thread_ends_all():
+    """Calls meet it as well, but perhaps none is made, and ranks across from this one wait."""
+    reports = mock.Mock()
+    with mock.patch(f"{__name__}.Exchange", BrokenExchange):
+        rails, channel = make(SOON_S * 10, reports=reports)
+        begin(rails, 0)
+        assert channel.aborted.wait(SOON_S)
+    reports.post.assert_called_once()
+    assert "CUDA_ERROR_ILLEGAL_ADDRESS" in reports.post.call_args.args[0].left, "this rank is at fault"
+    with pytest.raises(PeerTimeout, match="did not end: asking about an event failed"):
+        rails.raise_lost()
+    assert channel.closed == 0, "who begins an exchange now finds streams that were destroyed"
+    rails.finish()
+    rails.close()
+    assert channel.closed == 1
+
+
+def test_rails_are_closed_after_an_error_of_cuda():
+    with mock.patch(f"{__name__}.Exchange", BrokenExchange), mock.patch(f"{SOON}.threading.Thread"):
+        rails, channel = make(SOON_S)
+        begin(rails, 0)
+    rails.finish()
+    rails.close()
+    assert (rails.closed, channel.aborted.is_set()) == (True, True)
+
+
+@pytest.mark.parametrize("broken", ["finish", "close"])
+def test_a_group_is_closed_whatever_becomes_of_its_rails(broken):
+    rails = mock.Mock(**{f"{broken}.side_effect": KeyboardInterrupt})
+    backend = object.__new__(AcrossBackend)
+    backend.context, backend.decoder, backend._rails = mock.Mock(broken=None), mock.Mock(), rails
+    with pytest.raises(KeyboardInterrupt):
+        backend.close()
+    rails.close.assert_called_once_with()
+    backend.context.close.assert_called_once_with("was closed")
 
 
 def test_finishing_waits_for_what_peers_need():
@@ -562,16 +607,24 @@ class Greeter:
     """A channel whose ranks may never come."""
 
     def __init__(self, come: threading.Event) -> None:
-        self.come, self.aborted = come, threading.Event()
+        self.come, self.aborted, self.closed = come, threading.Event(), threading.Event()
+        self.greeted = self.greeting = False
 
     def greet(self) -> None:
+        self.greeted = self.greeting = True
         assert self.come.wait(20)
+        self.greeting = False
         if self.aborted.is_set():
             raise NcclError("aborted")
 
     def abort(self) -> None:
         self.aborted.set()
         self.come.set()
+
+    def close(self) -> None:
+        assert self.aborted.is_set(), "it would wait for ranks that do not come"
+        assert not self.greeting, "its streams are in use"
+        self.closed.set()
 
 
 def test_connecting_has_a_deadline():
@@ -580,12 +633,12 @@ def test_connecting_has_a_deadline():
     with pytest.raises(NcclError, match="did not end within"):
         connect(lambda: channel, 0.05)
     assert channel.aborted.is_set(), "the thread waits for ever"
+    assert channel.closed.wait(20), "its streams are left behind"
 
 
 def test_what_connects_too_late_is_given_up():
     come = threading.Event()
     channel = Greeter(threading.Event())
-    channel.come.set()
 
     def make() -> Greeter:
         assert come.wait(20)
@@ -595,7 +648,8 @@ def test_what_connects_too_late_is_given_up():
         connect(make, 0.05)
     assert not channel.aborted.is_set()
     come.set()
-    assert channel.aborted.wait(20), "the other ranks would wait for this one in the first call"
+    assert channel.closed.wait(20), "the other ranks would wait for this one in the first call"
+    assert not channel.greeted, "it would wait for ranks that have gone"
 
 
 def test_a_failure_to_connect_is_raised():
@@ -604,7 +658,31 @@ def test_a_failure_to_connect_is_raised():
     channel.come.set()
     with pytest.raises(NcclError, match="aborted"):
         connect(lambda: channel, 20.0)
+    assert channel.closed.is_set(), "its streams are left behind"
     channel = Greeter(threading.Event())
     channel.come.set()
     assert connect(lambda: channel, 20.0) is channel
     assert not channel.aborted.is_set()
+
+
+def channel_of(streams: mock.Mock) -> tuple[NcclChannel, mock.Mock]:
+    communicator = mock.Mock()
+    with mock.patch.object(torch.cuda, "ExternalStream"):
+        return NcclChannel(communicator, torch.device("cuda", 0), streams), communicator
+
+
+def test_a_channel_destroys_its_streams_once():
+    streams = mock.Mock(**{"new.side_effect": [7, 8], "destroy.side_effect": BackendUnavailable("CUDA: 700")})
+    channel, _ = channel_of(streams)
+    channel.close()
+    channel.close()
+    assert streams.destroy.mock_calls == [mock.call(7), mock.call(8)], "also if the context is broken"
+
+
+def test_a_channel_without_streams_is_given_up():
+    communicator = mock.Mock()
+    streams = mock.Mock(**{"new.side_effect": [7, BackendUnavailable("CUDA: out of memory")]})
+    with pytest.raises(BackendUnavailable, match="out of memory"):
+        NcclChannel(communicator, torch.device("cuda", 0), streams)
+    communicator.abort.assert_called_once_with()
+    streams.destroy.assert_called_once_with(7)

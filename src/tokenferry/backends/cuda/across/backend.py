@@ -273,10 +273,14 @@ class AcrossBackend(CudaBackend):
 
     def close(self) -> None:
         """Release the windows, when exchanges between nodes have ended, unless the group is broken."""
-        if not self.broken:
-            self._rails.finish()
-        self._rails.close()
-        super().close()
+        try:
+            if not self.broken:
+                self._rails.finish()
+        finally:
+            try:
+                self._rails.close()
+            finally:
+                super().close()
 
 
 def _no_text(_rank: int) -> str:

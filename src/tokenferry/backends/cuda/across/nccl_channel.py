@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -113,11 +113,19 @@ class NcclChannel:
     def __init__(self, communicator: Communicator, device: torch.device, streams: CudaStreams) -> None:
         self._communicator = communicator
         self._streams = streams
-        self._handle, self._other = streams.new(priority=-1), streams.new(priority=-1)
-        self._stream = torch.cuda.ExternalStream(self._handle, device)  # type: ignore[no-untyped-call]
-        self._aside = torch.cuda.ExternalStream(self._other, device)  # type: ignore[no-untyped-call]
         self._captured = False
         self.error, self.abort = communicator.error, communicator.abort
+        self._owned: list[int] = []
+        try:
+            for _ in range(2):
+                self._owned.append(streams.new(priority=-1))
+        except RuntimeError:  # the ranks across have made theirs
+            self.abort()
+            self.close()
+            raise
+        self._handle, self._other = self._owned
+        self._stream = torch.cuda.ExternalStream(self._handle, device)  # type: ignore[no-untyped-call]
+        self._aside = torch.cuda.ExternalStream(self._other, device)  # type: ignore[no-untyped-call]
 
     def greet(self) -> None:
         """Exchange a byte with each other rank, for NCCL connects two ranks when they first do. Blocks."""
@@ -167,8 +175,10 @@ class NcclChannel:
         """See `RailChannel.close`."""
         if not self._captured:  # NCCL waits for the end of graphs
             self._communicator.close()
-        for stream in (self._handle, self._other):
-            self._streams.destroy(stream)
+        owned, self._owned = self._owned, []
+        for stream in owned:
+            with suppress(RuntimeError):  # the CUDA context is broken, and all of its streams with it
+                self._streams.destroy(stream)
 
 
 def connect(make: Callable[[], NcclChannel], timeout_s: float) -> NcclChannel:
@@ -186,27 +196,39 @@ def connect(make: Callable[[], NcclChannel], timeout_s: float) -> NcclChannel:
     """
     made: list[NcclChannel] = []
     failures: list[Exception] = []
-    late = threading.Event()
+    ended, late = threading.Event(), threading.Event()
+    deciding = threading.Lock()  # which of the two comes first
 
     def run() -> None:
         try:
             made.append(make())
-            made[0].greet()
+            if not late.is_set():  # looked up when the channel is where it can be aborted
+                made[0].greet()
         except Exception as error:  # noqa: BLE001 - raised below
             failures.append(error)
-        if made and late.is_set():
-            made[0].abort()
+        with deciding:
+            ended.set()
+        if late.is_set():
+            _discard(made)
 
     thread = threading.Thread(target=run, name="tokenferry-connect", daemon=True)
     thread.start()
     thread.join(timeout_s)
-    if thread.is_alive():
-        late.set()
+    with deciding:
+        if not ended.is_set():
+            late.set()
+    if late.is_set():
         for channel in made:
-            channel.abort()
+            channel.abort()  # which ends the greeting; the thread closes it
         raise NcclError(f"connecting the ranks of a rail did not end within {timeout_s:.0f} s")
     if failures:
-        for channel in made:
-            channel.abort()
+        _discard(made)
         raise failures.pop()  # not from a variable: its traceback holds this frame
     return made[0]
+
+
+def _discard(made: list[NcclChannel]) -> None:
+    """Free channels whose ranks have not all come."""
+    for channel in made:
+        channel.abort()
+        channel.close()

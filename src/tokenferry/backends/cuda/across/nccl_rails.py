@@ -265,7 +265,7 @@ class NcclRails:
 
     def finish(self) -> None:
         """See `Rails.finish`."""
-        with suppress(PeerTimeout):
+        with suppress(PeerTimeout, RuntimeError):  # CUDA's: then nothing is under way any more
             for transfer in tuple(self._under_way):
                 transfer.wait()
 
@@ -273,9 +273,13 @@ class NcclRails:
         """See `Rails.close`."""
         if self._closed:
             return
-        if not all(transfer.has_ended for transfer in tuple(self._under_way)):
+        try:
+            ended = all(transfer.has_ended for transfer in tuple(self._under_way))
+        except RuntimeError:  # CUDA's
+            ended = False
+        if not ended:
             self._channel.abort()
-        self._closed = True
+        self._closed = True  # not before: the thread closes the channel then, and waits for what is under way
         self._under_way.clear()
         self._in_graphs.clear()
         self._more.set()
@@ -292,15 +296,25 @@ class NcclRails:
         """Whether nothing is to be looked after any more."""
         return self._closed
 
-    def give_up(self, exchange: _Exchange, waited_s: float, why: str) -> PeerTimeout:
-        """End all exchanges, for the sake of one of them; return the error, which `raise_lost` raises from now on."""
+    def fail(self, error: RuntimeError) -> None:
+        """End all exchanges after an error of CUDA on this rank. Calls meet it as well, but perhaps none is made."""
+        if self._latest is not None and self.lost is None:
+            self.give_up(self._latest, 0.0, f"{_LATE}: {error}", FailureReport.of(error))
+
+    def give_up(
+        self, exchange: _Exchange, waited_s: float, why: str, report: FailureReport | None = None
+    ) -> PeerTimeout:
+        """End all exchanges, for the sake of one of them; return the error, which `raise_lost` raises from now on.
+
+        ``report``: what other ranks are told, if that is not this error.
+        """
         nodes = tuple(sorted({node for _, _, node, _ in exchange.parts}))
         peers = [self._topology.rail[node] for node in nodes]
         lost = peer_timeout(between_nodes(exchange.call), self._topology.rank, peers, why, waited_s, "")
         lost.nodes = nodes
         self.lost = lost
         if self.reports is not None:
-            self.reports.post(FailureReport.of(self.mismatch or lost))
+            self.reports.post(report or FailureReport.of(self.mismatch or lost))
         self._channel.abort()
         self._ended = True
         self._under_way.clear()  # not before: NCCL may still write into their tensors
@@ -369,8 +383,9 @@ def _look_after(
         try:
             while found is not None and not found.closed and found.check():
                 time.sleep(_POLL_S)
-        except RuntimeError:  # CUDA's: calls meet it as well, and waits on the host have a deadline of their own
-            return
+        except RuntimeError as error:  # CUDA's; from now on `check` finds nothing to look at
+            assert found is not None
+            found.fail(error)
     for look in looks:  # it reads the memory of calls
         look.join(_CLOSE_S)
     channel.close()
