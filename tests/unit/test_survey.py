@@ -9,21 +9,25 @@ import torch
 from tokenferry import MoeShape
 from tokenferry.backends.base import Resolved
 from tokenferry.backends.cuda import setup
+from tokenferry.errors import ConfigError
 from tokenferry.memory import reach
+from tokenferry.topology import Topology
 
 UUIDS = ["GPU-0", "GPU-1"]
 
 
 class Table:
-    """Answers of two ranks; the other one has no objection of its own."""
+    """Answers of two ranks; the other one has no objection of its own, but perhaps a wrong option."""
 
-    def __init__(self, *hosts: str) -> None:
-        self.hosts, self.asked = hosts, 0
+    def __init__(self, *hosts: str, wrong: str = "") -> None:
+        self.hosts, self.asked, self.wrong = hosts, 0, wrong
+        self.said: list[dict[str, Any]] = []
 
     def exchange(self, mine: dict[str, Any]) -> list[dict[str, Any]]:
         self.asked += 1
+        self.said.append(mine)
         if "why_not" in mine:
-            return [mine, {"why_not": ""}]
+            return [mine, {"why_not": "", "wrong": self.wrong} if "wrong" in mine else {"why_not": ""}]
         return [{**mine, "host": host, "device": device(rank)} for rank, host in enumerate(self.hosts)]
 
 
@@ -94,6 +98,42 @@ def test_experts_that_cannot_be_counted(survey):
         "rank 0: num_experts=4, and on 2 nodes of 1 rank at most 2 are possible with the 2 KB of shared memory that a "
         "block has on this GPU"
     )
+
+
+WRONG = "TOKENFERRY_ARCH=sm_80: a GPU of sm_90a cannot run such code"
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise ConfigError(WRONG)
+
+
+def test_a_wrong_option_of_one_rank_is_an_error_of_all(survey, monkeypatch):
+    """The others would wait for a rank that raises alone, until the deadline."""
+    with pytest.raises(ConfigError, match=f"^ExpertGroup: rank 1: {WRONG}$"):
+        survey(Table("here", "here", wrong=f"rank 1: {WRONG}"), reachable=True)
+    table = Table("here", "here")
+    monkeypatch.setattr(setup, "Jit", refuse)
+    with pytest.raises(ConfigError, match=f"^ExpertGroup: rank 0: {WRONG}$"):
+        survey(table, reachable=True)
+    assert table.said[-1] == {"why_not": "", "wrong": f"rank 0: {WRONG}"}
+
+
+def test_a_wrong_option_that_is_found_later_is_an_error_of_all(survey, monkeypatch):
+    table, closed = Table("here", "here"), []
+    window = SimpleNamespace(close=lambda: closed.append("window"), has_atomics=True)
+    everything = Topology(0, ((0, 1),), "all ranks are on one host")
+    monkeypatch.setattr(setup, "_survey", lambda *_: SimpleNamespace(topology=everything, why_not=""))
+    monkeypatch.setattr(setup, "_table", lambda *_: table)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=1 << 30))
+    monkeypatch.setattr(setup, "compare_terms", lambda _: None)
+    monkeypatch.setattr(setup, "Peers", lambda _: None)
+    monkeypatch.setattr(setup, "share", lambda *_: window)
+    monkeypatch.setattr(setup, "assemble", refuse)
+    resolved = Resolved(MoeShape(4, 2, 16, 8), "cuda", "auto", 5.0, False, None, "")
+    with pytest.raises(ConfigError, match=f"^ExpertGroup: rank 0: {WRONG}$"):
+        setup.make_cuda_backend(None, resolved)
+    assert table.said[-1] == {"why_not": "", "wrong": f"rank 0: {WRONG}"}
+    assert closed == ["window"]
 
 
 def test_what_links_are_follows_from_atomics(survey, monkeypatch):

@@ -25,7 +25,7 @@ from tokenferry.backends.cuda.context import Context
 from tokenferry.backends.cuda.peers import Peers, Process
 from tokenferry.backends.cuda.plan import too_large, too_many_experts
 from tokenferry.backends.cuda.runtime import Runtime, Target, cuda_runtime
-from tokenferry.errors import BackendUnavailable
+from tokenferry.errors import BackendUnavailable, ConfigError
 from tokenferry.jit.driver import Device
 from tokenferry.jit.kernel import Jit, KernelSpec
 from tokenferry.jit.linker import DeviceLibrary
@@ -46,6 +46,7 @@ def why_not_cuda(group: dist.ProcessGroup | None, resolved: Resolved) -> str:
     """Return why these ranks cannot run the CUDA backend, the same on all ranks; empty if they can. Collective.
 
     Raises:
+        ConfigError: as `_survey`.
         PeerTimeout: a rank did not answer in time.
     """
     return _survey(group, resolved).why_not
@@ -63,7 +64,7 @@ def _survey(group: dist.ProcessGroup | None, resolved: Resolved) -> _Survey:
     """Find the nodes, and what stands in the way. Collective.
 
     Raises:
-        ConfigError: ``ranks_per_node`` does not divide R.
+        ConfigError: ``ranks_per_node`` does not divide R, or an option of a rank does not fit its GPU.
         PeerTimeout: a rank did not answer in time.
     """
     rank, _ = _rank_and_size(group)
@@ -79,7 +80,7 @@ def _survey(group: dist.ProcessGroup | None, resolved: Resolved) -> _Survey:
     if reason and table and all(each["device"] for each in handshakes):
         found = _apart(table, resolved, handshakes, _Survey(topology, reason))
         topology, reason = found.topology, found.why_not
-    reason = reason or _unfit(resolved, topology)
+    reason, wrong = reason or _unfit(resolved, topology), ""
     if not reason:
         try:
             index = torch.cuda.current_device()
@@ -89,7 +90,29 @@ def _survey(group: dist.ProcessGroup | None, resolved: Resolved) -> _Survey:
             reason = too_many and f"rank {rank}: {too_many}"
         except (RuntimeError, OSError, MemoryError) as error:
             reason = f"rank {rank}: {resource_error('loading CUDA', error) or error}"
-    return _Survey(topology, agree(table, reason) if table else reason)
+        except ConfigError as error:
+            wrong = f"rank {rank}: {error}"
+    return _Survey(topology, _agree(table, reason, wrong))
+
+
+def _agree(table: Bootstrap | None, reason: str, wrong: str) -> str:
+    """Return the reason of the lowest rank that has one, as `agree`. Collective.
+
+    Args:
+        table: Exchanges handshakes of all ranks; None: there is one.
+        reason: Why this rank cannot run the backend; empty if it can.
+        wrong: What is wrong with its options; empty: nothing.
+
+    Raises:
+        ConfigError: on all ranks, if an option of any is wrong. One that left alone would let the others wait.
+    """
+    mine = {"why_not": reason, "wrong": wrong}
+    said = table.exchange(mine) if table else [mine]
+    # A rank that cannot load this module says nothing of its options; see `tokenferry.backends.choose`.
+    wrong = next((each["wrong"] for each in said if each.get("wrong")), "")
+    if wrong:
+        raise ConfigError(f"ExpertGroup: {wrong}")
+    return next((each["why_not"] for each in said if each["why_not"]), "")
 
 
 def _apart(table: Bootstrap, resolved: Resolved, handshakes: Sequence[dict[str, Any]], found: _Survey) -> _Survey:
@@ -140,7 +163,7 @@ def make_cuda_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Cu
 
     Raises:
         BackendUnavailable: a rank cannot run the backend; says which and why, on all ranks.
-        ConfigError: ranks have different shapes or options.
+        ConfigError: ranks have different shapes or options, or an option of a rank does not fit its GPU.
         PeerTimeout: a rank did not answer in time.
     """
     survey = _survey(group, resolved)
@@ -171,7 +194,7 @@ def make_cuda_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Cu
         window = share(table, rank, here, device, num_bytes, CONTROL_BLOCK_BYTES)
         opened.callback(window.close)
         backend: CudaBackend | None = None
-        reason = ""
+        reason = wrong = ""
         try:
             if group is not None and table is not None and topology.num_nodes > 1:
                 network = None
@@ -186,7 +209,9 @@ def make_cuda_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Cu
             opened.callback(backend.close)  # which has all of it
         except (RuntimeError, OSError, MemoryError) as error:  # such as for want of pinned memory
             reason = f"rank {rank}: {resource_error('making the group', error) or error}"
-        reason = agree(table, reason) if table else reason
+        except ConfigError as error:
+            wrong = f"rank {rank}: {error}"
+        reason = _agree(table, reason, wrong)
         if backend is None or reason:
             raise _unavailable(reason)
         opened.pop_all()
