@@ -15,7 +15,7 @@ import torch
 import tokenferry
 from support.refusals import descriptors_left
 from tokenferry.errors import BackendUnavailable, ConfigError, ResourceError
-from tokenferry.transports import rendezvous, segment
+from tokenferry.transports import lifetime, rendezvous, segment
 
 SHAPE = tokenferry.MoeShape(num_experts=4, top_k=1, hidden=8, max_tokens=4)
 
@@ -276,7 +276,7 @@ def test_strangers_are_turned_away_and_delay_nobody(worlds):
 
 def strangers_of_another_user(rank, pg, stranger):
     """One rank sees another user at the other end of its connection, which knows the secret."""
-    users = rendezvous._CREDENTIALS.pack(os.getpid(), os.geteuid() + 1, os.getgid())
+    users = lifetime._CREDENTIALS.pack(os.getpid(), os.geteuid() + 1, os.getgid())
     other = mock.patch("socket.socket.getsockopt", return_value=users)
     with other if rank == stranger else contextlib.nullcontext():
         return make(pg)

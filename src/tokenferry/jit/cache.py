@@ -119,7 +119,7 @@ class Cache:
             _wait_for(lock.descriptor)
             yield
         finally:
-            # Who waits for it holds the file open; who comes later finds the entry.
+            # Waiting processes have the file open, and later ones find the entry, so the file may go.
             with contextlib.suppress(OSError):
                 lock.path.unlink()
             with contextlib.suppress(OSError):

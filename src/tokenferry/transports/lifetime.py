@@ -18,7 +18,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 
 from tokenferry.forked import forget_in_child
 
-_CREDENTIALS = struct.Struct("3i")
+_CREDENTIALS = struct.Struct("iII")
+"""The process, the user and the group at the other end of a connection, as Linux returns them."""
 _GRACE_S = 0.8
 """What a process sent before it ended may take this long to arrive, on a busy machine."""
 _CHECK_MS = 100
@@ -47,10 +48,23 @@ def open_process(pid: int) -> int:
 def open_peer(connection: socket.socket) -> int:
     """Return such a descriptor for the process at the other end of a Unix socket, or -1."""
     try:
-        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    except (AttributeError, OSError):
+        peer = process_and_user(connection)
+    except OSError:
         return -1
-    return open_process(_CREDENTIALS.unpack(credentials)[0])
+    return -1 if peer is None else open_process(peer[0])
+
+
+def process_and_user(connection: socket.socket) -> tuple[int, int] | None:
+    """Return the process and the user at the other end of a Unix socket; None where that cannot be asked.
+
+    Raises:
+        OSError: the system refuses to say.
+    """
+    if not hasattr(socket, "SO_PEERCRED"):
+        return None
+    found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    process, user, _ = _CREDENTIALS.unpack(found)
+    return process, user
 
 
 class Watch:

@@ -30,7 +30,7 @@ from tokenferry.transports.handshake import (
     network_namespace,
     pid_namespace,
 )
-from tokenferry.transports.lifetime import open_process
+from tokenferry.transports.lifetime import open_process, process_and_user
 from tokenferry.transports.mixed import MixedTransport
 from tokenferry.transports.process_group import GROUP_IDS, ProcessGroupTransport
 from tokenferry.transports.refused import resource_error
@@ -39,8 +39,6 @@ from tokenferry.transports.store import ask
 
 _PREAMBLE = struct.Struct("<16sq")
 """First bytes on a new connection: the secret of the group, and the rank of the connecting process."""
-_CREDENTIALS = struct.Struct("iII")
-"""The process, the user and the group at the other end of a connection, as Linux returns them."""
 _ACCEPT_S = 5.0
 """Seconds to turn away strangers, who may come without end. The ranks have connected before."""
 
@@ -373,10 +371,8 @@ def _same_user(sock: socket.socket) -> bool:
 
     Other users, root included, have no business here: all ranks of a group belong to one user.
     """
-    if not hasattr(socket, "SO_PEERCRED"):
-        return True
-    _, peer, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
-    return bool(peer == user())
+    peer = process_and_user(sock)
+    return peer is None or peer[1] == user()
 
 
 def _reason(what: str, error: Exception) -> str:
