@@ -2,6 +2,7 @@
 #pragma once
 #include "device/cast.cuh"
 #include "device/decode.cuh"
+#include "device/index.cuh"
 
 constexpr u32 kChunk = kCast ? 32 : 64;                  // packets of a row that a warp sends at a time
 constexpr u32 kLanePackets = 4;                          // packets of a row that a lane receives at a time
@@ -114,9 +115,8 @@ DEV void finish_choices(const DecodeDispatchParams& p, const DecodeCall& call, u
 DEV void report_bad_index(const DecodeDispatchParams& p) {
     u32 slot = 0;
     while (index_at(p, slot) >= -1 && index_at(p, slot) < p.num_local * p.num_ranks) slot++;
-    const i64 index = index_at(p, slot);
-    const u32 seen = index < -0x7fffffff ? 0x80000000u : index > 0x7fffffff ? 0x7fffffffu : (u32)index;
-    record_fault(p, kBadRouting, slot % p.top_k, slot / p.top_k, seen, p.num_local * p.num_ranks, 0, 0);
+    record_fault(p, kBadRouting, slot % p.top_k, slot / p.top_k, recorded_index(index_at(p, slot)),
+                 p.num_local * p.num_ranks, 0, 0);
     stop(p);
 }
 

@@ -1,6 +1,7 @@
 // Which tokens go to which node, and to which slot there; see kernel.cuh.
 #pragma once
 #include "device/across.cuh"
+#include "device/index.cuh"
 #include "generated/decode_words.cuh"
 
 DEV i64 index_at(const DecodePackParams& p, u32 i) {
@@ -91,6 +92,5 @@ DEV void record_slot(const DecodePackParams& p, const Slots& slots, u32 bad) {
         record_fault(p, kTooManyNodes, 0, t, count_nodes(p, slots, t), p.max_nodes, 0, 0);
         return;
     }
-    const u32 seen = index < -0x7fffffff ? 0x80000000u : index > 0x7fffffff ? 0x7fffffffu : (u32)index;
-    record_fault(p, kBadRouting, bad % p.top_k, t, seen, p.num_experts, 0, 0);
+    record_fault(p, kBadRouting, bad % p.top_k, t, recorded_index(index), p.num_experts, 0, 0);
 }

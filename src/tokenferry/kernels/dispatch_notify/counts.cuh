@@ -70,11 +70,7 @@ DEV void reject_index(const P& p, u32 bad) {
     abort_plan(p);
     if (threadIdx.x != 0) return;
     const i64 index = index_at(p.topk_idx, bad);
-    record_fault(p, kBadRouting, bad % p.top_k, bad / p.top_k,
-                 index < -0x7fffffff  ? 0x80000000u
-                 : index > 0x7fffffff ? 0x7fffffffu
-                                      : (u32)index,
-                 p.num_experts, 0, 0);
+    record_fault(p, kBadRouting, bad % p.top_k, bad / p.top_k, recorded_index(index), p.num_experts, 0, 0);
     stop(p);
 }
 

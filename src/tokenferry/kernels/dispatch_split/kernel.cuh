@@ -69,8 +69,7 @@ DEV void record_slot(const DispatchSplitParams& p, u32 bad) {
         record_fault(p, kTooManyNodes, 0, bad / p.top_k, count_nodes(p, bad / p.top_k), p.max_nodes, 0, 0);
         return;
     }
-    const u32 seen = index < -0x7fffffff ? 0x80000000u : index > 0x7fffffff ? 0x7fffffffu : (u32)index;
-    record_fault(p, kBadRouting, bad % p.top_k, bad / p.top_k, seen, p.num_experts, 0, 0);
+    record_fault(p, kBadRouting, bad % p.top_k, bad / p.top_k, recorded_index(index), p.num_experts, 0, 0);
 }
 
 // Replaces each column of the table by its exclusive prefix sums over the units, and stores the totals.
