@@ -1,7 +1,6 @@
 // The network library NVSHMEM; see device/rails.cuh. These are the functions that its inline wrappers call for ranks
 // which are not mapped, as version 3.4 declares them; their names in the library contain the types, so that `unsigned
-// long` may not be u64.
-// The functions come from libnvshmem_device.a, with which the host links these kernels:
+// long` may not be u64. The functions come from libnvshmem_device.a, with which the host links these kernels:
 // backends/cuda/across/nvshmem.py.
 #pragma once
 

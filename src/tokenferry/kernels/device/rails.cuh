@@ -34,10 +34,10 @@
 // The network library: what a kernel is linked with for nodes that are not mapped. It defines, for any such params
 // struct,
 //
-//   put_signal(p, m, to, from, bytes, signal, value)   by one warp: copies `bytes` from this rank's region to the rank
-//   across on
-//                    node m, and then sets the word `signal` there to `value`, in this order. `to` and `signal` are
-//                    addresses in the region of this rank, and mean the same places of the other one. Returns at once.
+//   put_signal(p, m, to, from, bytes, signal, value)
+//                    by one warp: copies `bytes` from this rank's region to the rank across on node m, and then sets
+//                    the word `signal` there to `value`, in this order. `to` and `signal` are addresses in the region
+//                    of this rank, and mean the same places of the other one. Returns at once.
 //   quiet(p)         by one thread: returns when what this rank has put is complete.
 #include "generated/network.cuh"
 

@@ -21,8 +21,7 @@ DEV void store_scale(const P& p, u64 t, u32 hits, u64 to, i32 place) {
 }
 
 // Stores the metadata of one token on its ranks: ids, row_idx and source token (in a first dispatch), and weights
-// (ROWS).
-// Each lane handles pairs of a rank and a slot. `row`: lane r has the token's row on rank r; -1: none.
+// (ROWS). Each lane handles pairs of a rank and a slot. `row`: lane r has the token's row on rank r; -1: none.
 template <class P>
 DEV void store_indices(const P& p, bool wide, u32 t, i32 row, const u32 (*handshakes)[kHandshakeWords]) {
     const u32 K = p.top_k, pairs = p.num_ranks * K;

@@ -9,7 +9,7 @@
 //          block 0, assign places to their tokens and store the rows, through rings as in dispatch; the first p.warps
 //          warps have one. Block 0 takes tokens only where there are not more blocks than units.
 // Order    1 block 0  rows per column of each unit; publish totals and the handshake, which has the offsets of
-//          dispatch, too
+//                     dispatch, too
 //          2 block 0  wait for those of every peer; bases, counts and the table; `planned` of this rank's control
 //                     block, with release: the epoch, and whether the rows of every rank fit
 //          3 blocks   wait for the handshakes, then for `planned`                       sees 2
@@ -18,8 +18,7 @@
 // Why it ends
 //          A block waits for block 0 of its own rank, which is scheduled first, and for block 0 of its peers; only
 //          block 0 waits for other blocks, in exit_sync, when it has nothing else to do. So the blocks need not run all
-//          at once. Block
-//          0 is waited for four times as long as a peer: it gives up first, and says for whom it waited.
+//          at once. Block 0 is waited for four times as long as a peer: it gives up first, and says for whom it waited.
 // Peers that run the three kernels instead
 //          T and free memory, which decide which it is, differ between ranks. In its first handshake a rank says how
 //          many blocks of this kernel move rows; dispatch_notify says 0. If any rank says so, all ranks exchange the
@@ -29,8 +28,7 @@
 //          an epoch that others could wait for. When rows do not fit, `stopped` is set before the epoch ends, so that a
 //          block that starts late does not take the next epoch for its own.
 // Cost     reads T * K indices in each block, and bytes out as dispatch. sm_90a: <= 96 registers (elsewhere <= 128), 0
-//          spills,
-//          2560 B of static shared memory, at most 229888 B of dynamic.
+//          spills, 2560 B of static shared memory, at most 229888 B of dynamic.
 // Tests    tests/cuda/test_dispatch_fused.py, tests/compile.
 #include "dispatch/ring.cuh"
 #include "dispatch_assign/places.cuh"

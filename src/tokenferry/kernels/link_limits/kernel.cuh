@@ -20,8 +20,7 @@
 //            barrier launch before it on the same stream.
 // Invariants I1 a buffer is loaded only after the store of its last content has read it.
 //            I2 words only grow: iteration n of a barrier or ping-pong writes n, counted over the life of the window
-//            (wraps
-//               after 2^32), and waits until the word that it polls is at least n. Nothing is cleared.
+//               (wraps after 2^32), and waits until the word that it polls is at least n. Nothing is cleared.
 //            I3 no two rows are stored to the same memory, so no write races with another.
 // Waits      link_limits_flag and link_limits_barrier, with a deadline; when it expires *p.failed = 1 + the peer, and
 //            the kernel returns. Loads and stores end by themselves.

@@ -11,8 +11,7 @@
 // Faults   None. A rank that is stopped sends undefined data along with its state; one that has failed sends its state
 //          alone, as peers may still read what an earlier exchange brought to the half that is due.
 // Cost     reads and writes N - 1 bodies, twice for nodes that are not mapped. sm_90a: <= 64 registers (elsewhere <=
-//          80), 0 spills,
-//          32784 B of static shared memory.
+//          80), 0 spills, 32784 B of static shared memory.
 // Tests    tests/cuda/test_rail_messages.py, tests/emulator/test_across_puts.py, tests/compile.
 #include "device/rails.cuh"
 #include "device/transfer.cuh"
