@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -320,6 +321,17 @@ def test_threads_that_ask_at_once_get_one_kernel(cuda, spec):
     assert len(set(map(id, found))) == 1
     assert len(cuda.modules) == 1
     assert len(compiler.units) == 1
+
+
+def test_what_goes_wrong_ahead_is_not_taken_for_the_end(cuda, spec):
+    def refuse(unit):
+        raise IndexError("of the compiler")
+
+    jit, ahead, keys = Jit(3, None, refuse), SimpleNamespace(shutdown=lambda wait: None), deque()
+    jit._build_next(ahead, keys)
+    keys.append((spec, (("num_stages", 4), ("wide", 0))))
+    with pytest.raises(IndexError, match="of the compiler"):
+        jit._build_next(ahead, keys)
 
 
 def test_a_kernel_that_did_not_compile_is_tried_again(cuda, spec):

@@ -268,8 +268,9 @@ class Jit:
             BackendUnavailable: as ``kernel``.
         """
         with ThreadPoolExecutor(_COMPILE_THREADS) as pool:
-            for waiting in [pool.submit(self.kernel, spec, **config) for spec in specs for config in spec.configs]:
-                waiting.result()
+            kernels = deque(pool.submit(self.kernel, spec, **config) for spec in specs for config in spec.configs)
+            while kernels:
+                kernels.popleft().result()  # not of a variable: what it raises holds this frame
 
     def close(self) -> None:
         """Unload all kernels. None may still run, and no CUDA graph that holds one may be replayed afterwards."""
@@ -301,10 +302,12 @@ class Jit:
     def _build_next(self, ahead: ThreadPoolExecutor, keys: deque[tuple[KernelSpec, _Config]]) -> None:
         try:
             spec, config = keys.popleft()
+        except IndexError:  # the other threads have taken the rest
+            self._go_on(ahead, keys)
+            return
+        try:
             if (spec, config) not in self._kernels:
                 self._built(spec, config)
-        except IndexError:
-            pass  # the other threads have taken the rest
         finally:
             self._go_on(ahead, keys)
 
@@ -315,15 +318,18 @@ class Jit:
             mine = build is None
             if build is None:
                 build = self._builds[spec, config] = Future()
-        if mine:
-            try:
-                build.set_result(self._build(spec, config))
-            except BaseException as error:
-                with self._lock:
-                    self._builds.pop((spec, config), None)  # the next call tries again
-                build.set_exception(error)
-                raise
-        return build.result()
+        try:
+            if mine:
+                try:
+                    build.set_result(self._build(spec, config))
+                except BaseException as error:
+                    with self._lock:
+                        self._builds.pop((spec, config), None)  # the next call tries again
+                    build.set_exception(error)
+                    raise
+            return build.result()
+        finally:
+            del build  # it keeps the error, which holds this frame
 
     def _build(self, spec: KernelSpec, config: _Config) -> bytes:
         unit, version = spec.unit(dict(config), self._arch, peer_atomics=self._peer_atomics), compiler.version()

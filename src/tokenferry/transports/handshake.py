@@ -21,7 +21,7 @@ import torch.distributed as dist
 from tokenferry.errors import ConfigError
 from tokenferry.transports.base import HEADER_INTS, CallId, Deadline, peer_timeout
 from tokenferry.transports.process_group import ProcessGroupTransport
-from tokenferry.transports.refused import resource_error
+from tokenferry.transports.refused import raise_if_refused, resource_error
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -66,10 +66,8 @@ class Bootstrap:
         try:
             texts = self._carrier.exchange(json.dumps(handshake).encode(), Deadline(self._timeout_s))
         except (OSError, MemoryError, RuntimeError) as error:
-            refused = resource_error(f"{_CALL.phase}: rank {self._rank}", error)
-            if refused is None:
-                raise
-            raise refused from error
+            raise_if_refused(f"{_CALL.phase}: rank {self._rank}", error)
+            raise
         return [json.loads(text) for text in texts]
 
 

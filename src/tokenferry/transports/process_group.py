@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import copy
 import sys
 import threading
 from collections import deque
@@ -126,7 +127,7 @@ class _InFlight:
     def raise_failed(self) -> None:
         """Raise the first error, if there is one."""
         for error in self.failed.values():
-            raise error
+            raise copy.copy(error) from error.__cause__  # what is raised keeps the frames of the call
 
 
 _unfinished: WeakKeyDictionary[dist.ProcessGroup, list[dist.Work]] = WeakKeyDictionary()
@@ -180,7 +181,7 @@ class ProcessGroupTransport:
                 self._make_room(peer, call, deadline)
                 self._post_to(peer, current, headers[peer], buffers[peer])
             except PeerTimeout as error:  # still send to the other peers; `receive` raises the error
-                current.failed[peer] = error
+                current.failed[peer] = _without_frames(error)
 
     def receive(self, call: CallId, src: int, deadline: Deadline, check: Check | None = None) -> Message:
         """Wait for one message. See `Transport.receive`.
@@ -320,7 +321,7 @@ class ProcessGroupTransport:
         if len(queue) >= MOST_AWAITED:
             left = self._receive_header(peer, queue[0], call, deadline, [peer])
             if left is not None:
-                raise left
+                raise copy.copy(left)  # not the variable: what is raised holds this frame
 
     def _post_to(self, peer: int, current: _InFlight, header: tuple[int, ...], body: Tensor) -> None:
         number, call, queue = self._next_numbers[peer], current.call, self._incoming[peer]
@@ -445,6 +446,13 @@ class ProcessGroupTransport:
                 peer, why = ended[0], "its process ended"
             last = self._last_messages.describe(peer)
             raise peer_timeout(call, self.rank, [peer], why, deadline.waited(), last) from error
+
+
+def _without_frames(error: PeerTimeout) -> PeerTimeout:
+    """Return an error that is to be raised later, without the frames that hold what keeps it until then."""
+    if error.__cause__ is not None:
+        error.__cause__.with_traceback(None)
+    return error.with_traceback(None)
 
 
 def _are_done(works: Sequence[dist.Work], seconds: float) -> bool:

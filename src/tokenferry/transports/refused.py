@@ -49,6 +49,16 @@ def resource_error(where: str, error: BaseException) -> ResourceError | None:
     )
 
 
+def raise_if_refused(where: str, error: BaseException) -> None:
+    """Raise what `resource_error` returns, if ``error`` means that a resource was refused."""
+    refused = resource_error(where, error)
+    try:
+        if refused is not None:
+            raise refused from error
+    finally:
+        del refused, error  # they hold this frame, and it the memory of calls, until the collector comes
+
+
 def _code(error: BaseException) -> int | None:
     """Return the code of a refusal, or None. torch raises RuntimeErrors, which have nothing but a text."""
     if isinstance(error, MemoryError):

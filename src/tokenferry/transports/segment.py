@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tokenferry.errors import ResourceError
-from tokenferry.transports.refused import resource_error
+from tokenferry.transports.refused import raise_if_refused, resource_error
 
 _PAGE = 1 << 16
 MAX_FDS = 64
@@ -47,7 +47,7 @@ class Segment:
 
     def close(self, close: Callable[[int], None] = os.close) -> None:
         """Close the descriptor; idempotent. The memory exists as long as a tensor uses it."""
-        fd, self.fd = self.fd, -1
+        fd, self.fd = getattr(self, "fd", -1), -1  # an interrupt may leave a half-made object
         if fd >= 0:
             close(fd)  # an argument, since `os` may be gone at interpreter exit
 
@@ -69,10 +69,8 @@ def create(number: int, num_bytes: int) -> Segment:
     except (OSError, MemoryError) as error:
         if fd >= 0:
             os.close(fd)
-        refused = resource_error(f"cannot allocate {size} bytes of shared memory", error)
-        if refused is None:
-            raise
-        raise refused from error
+        raise_if_refused(f"cannot allocate {size} bytes of shared memory", error)
+        raise
 
 
 def attach(fd: int, size: int) -> Tensor:
@@ -91,9 +89,11 @@ def receive(sock: socket.socket, num_bytes: int) -> tuple[bytes, list[int]]:
     if flags & socket.MSG_CTRUNC:
         for fd in fds:
             os.close(fd)
-        refused = resource_error("cannot receive the descriptor of a peer's shared memory", _why_lost(sock))
-        assert refused is not None
-        raise refused
+        try:
+            raise _why_lost(sock)
+        except OSError as error:
+            raise_if_refused("cannot receive the descriptor of a peer's shared memory", error)
+            raise
     return data, fds
 
 
