@@ -1,5 +1,6 @@
 """Failure reports: which ranks a rank names that has waited for others, and what a bad store costs."""
 
+import re
 import threading
 import time
 from types import SimpleNamespace
@@ -8,9 +9,11 @@ from unittest import mock
 import pytest
 import torch.distributed as dist
 
+from tokenferry.backends.cpu.exchange import Exchange
 from tokenferry.errors import MismatchError, PeerTimeout, ResourceError
 from tokenferry.topology import Topology, consecutive
 from tokenferry.transports import rendezvous
+from tokenferry.transports.base import CallId, peer_timeout
 from tokenferry.transports.failures import FailureReport, FailureReports, patience_s
 from tokenferry.transports.process_group import GROUP_IDS
 
@@ -77,6 +80,47 @@ def test_the_error_of_a_rank_that_has_left():
     error = explain({1: late(1, 3, 5), 3: refused}, late(0, 1))
     assert error.peers == (3,)
     assert "rank 3 on node 1, for which rank 1 waited: ResourceError: dispatch: rank 3: memory refused" in str(error)
+
+
+@pytest.mark.parametrize("sent", [0, 10, 40, -1])
+def test_a_report_that_did_not_come_whole_is_none(sent):
+    """The rank that sent it may have had no memory for the rest; what is in the store counts then."""
+    whole = FailureReport.of(late(1, 3))
+    assert FailureReport.parse(whole.text()) == whole
+    part = whole.text()[:sent]
+    assert FailureReport.parse(part) is None
+    store = dist.HashStore()
+    for left_to_store, peers in ((False, (1,)), (True, (3,))):
+        if left_to_store:
+            reports(1, store).post(whole)
+        error = reports(0, store).explain(late(0, 1), 0.0, lambda rank: part if rank == 1 else "")
+        assert error.peers == peers
+
+
+def test_a_group_is_closed_whatever_becomes_of_its_report():
+    failed = mock.Mock(**{"post.side_effect": KeyboardInterrupt})
+    transport = mock.Mock(rank=0, num_ranks=2)
+    exchange = Exchange(transport, 5.0, mask_on_timeout=False, reports=failed)
+    with pytest.raises(KeyboardInterrupt), exchange.guard("dispatch"):
+        raise late(0, 1)
+    assert exchange.broken == "is broken by an earlier PeerTimeout in dispatch #0"
+    transport.close.assert_called_once_with(linger=False)
+
+
+@pytest.mark.parametrize("why", ["it closed the group", "it left the group: ValueError: no more."])
+@pytest.mark.parametrize("last", ["", "Nothing was received from rank 1 before."])
+@pytest.mark.parametrize("posted", [{}, {1: ResourceError("no memory", resource="memory", errno=12)}])
+def test_messages_are_sentences(why, last, posted):
+    met = peer_timeout(CallId(3, "dispatch"), 0, [1], why, 1.0, last)
+    for message in (str(met), str(explain(posted, met))):
+        assert "  " not in message
+        assert ".." not in message
+        sentences = re.split(r"(?<=\.) (?=[A-Z])", message)
+        assert sentences[0] == f"dispatch #3: rank 0 waited 1.0 s for rank 1: {why.removesuffix('.')}."
+        assert sentences[1:2] == ([last] if last else sentences[1:2])
+        assert sentences[2 if last else 1].startswith("The group is broken; `tokenferry explain-error PeerTimeout` ")
+    cause = ": ResourceError: no memory." if posted else "."
+    assert message.endswith(f" what to do. The cause is rank 1 on node 0{cause}")
 
 
 class Blocked:

@@ -179,14 +179,19 @@ class Watermarks:
 def peer_timeout(call: CallId, rank: int, peers: Sequence[int], why: str, waited_s: float, last: str) -> PeerTimeout:
     """Return the `PeerTimeout` for a failed wait.
 
-    Its message names the call, the waiting rank, the missing peers, the time waited and the last message (``last``).
+    Its message names the call, the waiting rank, the missing peers, the time waited and the last message (``last``: a
+    sentence, or nothing).
     """
     who = f"rank {peers[0]}" if len(peers) == 1 else f"ranks {', '.join(map(str, peers))}"
     where = f"{call.phase} #{call.number}" if call.number else call.phase
     places = ("`tokenferry explain-error PeerTimeout`", page_address("errors", "peertimeout"))
+    sentences = (
+        f"{where}: rank {rank} waited {waited_s:.1f} s for {who}: {why.removesuffix('.')}.",
+        last,
+        f"The group is broken; {' and '.join(filter(None, places))} {'say' if places[1] else 'says'} what to do",
+    )
     return PeerTimeout(
-        f"{where}: rank {rank} waited {waited_s:.1f} s for {who}: {why}. {last} The group is broken; "
-        f"{' and '.join(filter(None, places))} {'say' if places[1] else 'says'} what to do",
+        " ".join(filter(None, sentences)),
         phase=call.phase,
         call=call.number,
         rank=rank,

@@ -72,9 +72,12 @@ class FailureReport:
         return f"{self.left or self.mismatch or f'it waited for {_ranks(self.peers)}'}\0{json.dumps(asdict(self))}"
 
     @classmethod
-    def parse(cls, text: str) -> FailureReport:
-        """Return the report with this text."""
-        fields = json.loads(text.partition("\0")[2])
+    def parse(cls, text: str) -> FailureReport | None:
+        """Return the report with this text; None if it is not whole, as that of a rank that could not send all."""
+        try:
+            fields = json.loads(text.partition("\0")[2])
+        except ValueError:
+            return None
         return cls(**{**fields, "peers": tuple(fields["peers"])})
 
 
@@ -130,9 +133,9 @@ class FailureReports:
             return MismatchError(f"{where}: rank {rank} waited for {waited_for}; the cause: {cause.mismatch}")
         at_fault = ", ".join(f"rank {peer} on node {self._topology.node_of(peer)}" for peer in cause.peers)
         behind = "" if cause.peers == error.peers else f", for which {waited_for} waited"
-        why = f": {cause.left}" if cause.left else "."
+        why = f": {cause.left.removesuffix('.')}" if cause.left else ""
         return PeerTimeout(
-            f"{error} The cause is {at_fault}{behind}{why}",
+            f"{str(error).removesuffix('.')}. The cause is {at_fault}{behind}{why}.",
             phase=error.phase,
             call=error.call,
             rank=rank,
@@ -183,12 +186,12 @@ class FailureReports:
 
     def _read(self, rank: int, reason: Callable[[int], str]) -> FailureReport | None:
         with contextlib.suppress(OSError, MemoryError):
-            text = reason(rank)
-            if "\0" in text:
-                return FailureReport.parse(text)
+            report = FailureReport.parse(reason(rank))
+            if report is not None:
+                return report
         key = self._key(rank)
         answer = self._ask(lambda store: store.get(key) if store.check([key]) else b"", b"")
-        return FailureReport.parse(answer.decode()) if answer else None
+        return FailureReport.parse(answer.decode(errors="replace"))
 
     def _key(self, rank: int) -> str:
         return f"{self._prefix}/{rank}"
