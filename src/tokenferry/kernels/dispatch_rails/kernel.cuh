@@ -14,8 +14,8 @@
 // Why the slots are the same in every run
 //          A slot is the sum of tokens for lower nodes, of earlier units, and of earlier tokens of the unit. No
 //          atomics.
-// Cost     reads T * K indices, writes about as many for each node. sm_90a: <= 48 registers (elsewhere <= 56), 0 spills,
-//          64 B of static shared memory, at most 36864 B of dynamic.
+// Cost     reads T * K indices, writes about as many for each node. sm_90a: <= 48 registers (elsewhere <= 56), 0
+//          spills, 64 B of static shared memory, at most 36864 B of dynamic.
 // Example  R=4 N=2 E=4, node 0, topk_idx = {{0,1},{1,3}}: slots {{0,-1},{1,0}}; ids {{0,1},{1,-1}}; in the parcel token
 //          1 with ids {{-1,1}}; dst_token 0 0 1 1.
 // Tests    tests/cuda/test_node_kernels.py, tests/compile.

@@ -1,5 +1,5 @@
-// Parcels: the routing of the tokens that cross between two ranks, one message for each other node, behind each other in
-// the order of the nodes. RoutingParcels of backends/cuda/across/parcels.py says the same to the host.
+// Parcels: the routing of the tokens that cross between two ranks, one message for each other node, behind each other
+// in the order of the nodes. RoutingParcels of backends/cuda/across/parcels.py says the same to the host.
 #pragma once
 #include "device/ptx.cuh"
 

@@ -24,8 +24,7 @@ DEV void lay_out(const DispatchRelayParams& p, u32 m, u32 other, u32 first, u32 
     const u64 at = (u64)m * p.segment * p.top_k;
     const u32 thread = blockIdx.x * blockDim.x + threadIdx.x, step = gridDim.x * blockDim.x;
     for (u32 i = thread; i < num; i += step) p.tokens[first + i] = from.tokens[i];
-    for (u64 i = thread; i < (u64)num * p.top_k; i += step)
-        store_index(p.ids, kWide, at + i, from.ids[i]);
+    for (u64 i = thread; i < (u64)num * p.top_k; i += step) store_index(p.ids, kWide, at + i, from.ids[i]);
 }
 
 // Compares the headers, and says how many tokens cross; called by all threads of a block.
