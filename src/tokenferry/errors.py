@@ -54,6 +54,11 @@ def page_place(page: str) -> str:
     return page_address(page) or f"docs/{page}.md"
 
 
+def several(number: int, what: str) -> str:
+    """Return a number of things in words: ``"1 rank"``, ``"2 ranks"``."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 class TokenferryError(Exception):
     """Base class of all exceptions of tokenferry.
 

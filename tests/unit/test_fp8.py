@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.not_finite import any_bits, spoil
-from tokenferry import Scale
+from tokenferry import ArgumentError, Scale
 from tokenferry.formats import fp8
 from tokenferry.testing.cases import payload
 from tokenferry.testing.compare import close, same_bits
@@ -59,6 +59,13 @@ def test_dequantize_comes_back_within_the_formats_precision(kind):
     amax = x.abs().amax()
     # Three bits of mantissa: half of 2^-3 of the value, or of the smallest subnormal step at the largest scale.
     close("x", back, x, rtol=2.0**-4, atol=float(amax) / 448 * 2 * 2.0**-10)
+
+
+@pytest.mark.parametrize("scale", ["ue8m0", "nonsense", None, True, "UE8M0"])
+def test_a_format_of_scales_that_is_none(scale):
+    """It would be taken for powers of two, without a word."""
+    with pytest.raises(ArgumentError, match=rf"fp8\.cast: scale: expected a tokenferry\.Scale, got {scale!r}"):
+        fp8.cast(torch.ones(2, 128), scale)
 
 
 def test_leading_dimensions_stay():

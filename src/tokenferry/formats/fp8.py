@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tokenferry.errors import ArgumentError
 from tokenferry.types import Quantized, Scale
 
 GROUP = 128
@@ -37,6 +38,9 @@ def cast(x: Tensor, scale: Scale) -> Quantized:
         Quantized: ``data`` ``[..., H]`` float8_e4m3fn; ``scale`` ``[..., ceil(H / 128)]`` float32, or for UE8M0
         ``[..., ceil(H / 512)]`` int32.
 
+    Raises:
+        ArgumentError: ``scale`` is no `Scale`.
+
     Example:
         >>> import torch
         >>> from tokenferry import Scale
@@ -45,6 +49,8 @@ def cast(x: Tensor, scale: Scale) -> Quantized:
         >>> rows.scale.item(), rows.data.float()[0, 0].item() * rows.scale.item()
         (0.015625, 7.0)
     """
+    if not isinstance(scale, Scale):
+        raise ArgumentError(f"fp8.cast: scale: expected a tokenferry.Scale, got {scale!r}")
     with torch.no_grad():
         groups = _grouped(x.float())
         finite = groups.abs().nan_to_num_(nan=0.0, posinf=0.0)
