@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tokenferry.errors import ConfigError
+from tokenferry.errors import ConfigError, several
 from tokenferry.types import MoeShape
 
 LINK_GBPS = 340.0
@@ -23,19 +23,20 @@ STORE_GBPS = ((4, 172.0), (8, 317.0), (16, 310.0), (24, 322.0), (48, 330.0), (64
 LOAD_GBPS = ((4, 196.0), (8, 314.0), (12, 320.0), (24, 320.0), (48, 290.0), (64, 289.0), (132, 316.0))
 """Rate of bulk loads from peers by number of loading SMs, on 8 GPUs."""
 
-DISPATCH_US = ((8, 290), (12, 250), (16, 250), (20, 252), (24, 254))
-"""Microseconds of a redispatch by number of SMs: FP8, T=4096, H=7168, K=8, E=256, 4 H200."""
+DISPATCH_US = ((8, 288), (12, 247), (16, 248), (24, 251), (32, 255), (48, 263))
+"""Microseconds of a redispatch by number of SMs: FP8, T=4096, H=7168, K=8, E=256, 4 H200, back to back; the run of
+67d3d47 over numbers of SMs, in benchmarks/README.md."""
 
-COMBINE_US = ((8, 761), (12, 512), (16, 496), (20, 496), (24, 496))
+COMBINE_US = ((8, 851), (12, 570), (16, 494), (24, 495), (32, 504), (48, 508))
 """The same for a combine of bfloat16 rows in the heap, which are fetched."""
 
 COMBINE_US_OF_TWO = {16: (17, 17), 128: (24, 21), 512: (61, 39), 1024: (105, 62), 4096: (371, 189), 8192: (719, 365)}
 """The same on 2 H200, by T, with 16 SMs and with 40: a third as many rows are fetched, and the SMs that add up are the
 limit until there are 32."""
 
-FETCHED_OR_PUSHED_US = {128: (33, 42), 1024: (143, 162), 4096: (496, 507)}
+FETCHED_OR_PUSHED_US = {128: (36, 46), 1024: (141, 169), 4096: (494, 504)}
 """The same on 4 H200, by T: rows in the heap that are fetched, and rows in the user's memory that are pushed, each with
-as many SMs as help."""
+as many SMs as help. Few tokens isolated, since the host would decide otherwise: the run of calls of the same commit."""
 
 FETCHED_OR_PUSHED_US_OF_TWO = {
     16: (17, 24),
@@ -47,9 +48,10 @@ FETCHED_OR_PUSHED_US_OF_TWO = {
 }
 """The same on 2 H200."""
 
-PUSH_US = ((16, 688), (24, 549), (32, 521), (48, 507))
-"""The same for rows in the user's memory, which are pushed. On a machine whose links answered sooner (a flag's way took
-1.2 us instead of 1.37) 24 SMs took 502 us, and 66 took 498; 1024 rows took 166 us with 24 SMs and 162 with 66."""
+PUSH_US = ((8, 1315), (12, 812), (16, 687), (24, 547), (32, 519), (48, 504))
+"""As `DISPATCH_US`, for a combine of rows in the user's memory, which are pushed. On a machine whose links answered
+sooner (a flag's way took 1.2 us instead of 1.37) 24 SMs took 502 us, and 66 took 498; 1024 rows took 166 us with 24 SMs
+and 162 with 66."""
 
 PUSH_US_OF_TWO = ((24, 307), (32, 250), (48, 220), (66, 212), (132, 202))
 """The same on 2 H200."""
@@ -155,7 +157,13 @@ def tune(shape: MoeShape, topology: Topology) -> Tuning:
     dispatch, why_dispatch = _dispatch_sms(shape, topology)
     combine, why_combine = _combine_sms(shape, topology)
     push, why_push = _push_sms(shape, topology)
-    return Tuning(dispatch, combine, push, (why_dispatch, why_combine, why_push, _why_fetched(shape, topology)))
+    reasons = {
+        "dispatch": (dispatch, why_dispatch),
+        "combine": (combine, why_combine),
+        "combine of rows in the user's memory": (push, why_push),
+    }
+    sentences = [f"{call}: {several(num_sms, 'SM')}: {why}" for call, (num_sms, why) in reasons.items()]
+    return Tuning(dispatch, combine, push, (*sentences, _why_fetched(shape, topology)))
 
 
 def travel(shape: MoeShape, num_ranks: int, num_tokens: int, row_bytes: int) -> Travel:
@@ -188,29 +196,32 @@ def gbps(curve: tuple[tuple[int, float], ...], num_sms: int) -> float:
 
 
 def _dispatch_sms(shape: MoeShape, topology: Topology) -> tuple[int, str]:
+    """Return how many SMs, and why; likewise the next ones."""
     needed = -(-shape.max_tokens // _ROWS_AT_ONCE)
     wanted = DISPATCH_SMS_OF_ONE if topology.num_ranks == 1 else DISPATCH_SMS
     if needed < wanted:
         chosen = min(needed, topology.num_sms)
         return chosen, (
-            f"dispatch: {chosen} SMs: an SM moves {_ROWS_AT_ONCE} rows at a time, so more would be idle at "
+            f"an SM moves {_ROWS_AT_ONCE} rows at a time, so more would be idle at "
             f"M={shape.max_tokens} (for 128 rows the time was the same with 16 to 132)"
         )
     chosen = min(wanted, topology.num_sms)
     if chosen < wanted:
-        return chosen, f"dispatch: {chosen} SMs: all that the device has; {wanted} would be used on a larger one"
+        return chosen, f"all that the device has; {wanted} would be used on a larger one"
     if topology.num_ranks == 1:
-        return chosen, f"dispatch: {chosen} SMs: {_why_of_one(chosen, 0)}"
+        return chosen, _why_of_one(chosen, 0)
     if shape.max_tokens < _FEW_ROWS:
-        return chosen, (
-            f"dispatch: {chosen} SMs: for 128 rows the time was the same with 16 to 132, so "
-            f"{topology.num_sms - chosen} SMs are left to others"
-        )
+        return chosen, (f"for 128 rows the time was the same with 16 to 132, so {_left(topology, chosen)}")
     best, least = min(us for _, us in DISPATCH_US), DISPATCH_US[0]
     return chosen, (
-        f"dispatch: {chosen} SMs: FP8 rows of T=4096 took {best} us with 12 to 24 SMs, within 2 %, and {least[1]} us "
-        f"with {least[0]} (4 H200); more slow one another down, and {topology.num_sms - chosen} SMs are left to others"
+        f"FP8 rows of T=4096 took {best} us with 12 to 24 SMs, within 2 %, and {least[1]} us "
+        f"with {least[0]} (4 H200); more slow one another down, and {_left(topology, chosen)}"
     )
+
+
+def _left(topology: Topology, chosen: int) -> str:
+    left = topology.num_sms - chosen
+    return f"{several(left, 'SM')} {'is' if left == 1 else 'are'} left to others"
 
 
 def _combine_sms(shape: MoeShape, topology: Topology) -> tuple[int, str]:
@@ -220,24 +231,24 @@ def _combine_sms(shape: MoeShape, topology: Topology) -> tuple[int, str]:
     if needed < wanted:
         chosen = min(needed, topology.num_sms)
         return chosen, (
-            f"combine: {chosen} SMs: an SM sums {_PIECES_AT_ONCE} pieces of {_PIECE_BYTES} bytes at a time, so more "
+            f"an SM sums {_PIECES_AT_ONCE} pieces of {_PIECE_BYTES} bytes at a time, so more "
             f"would be idle at M={shape.max_tokens}"
         )
     chosen = min(wanted, topology.num_sms)
     if chosen < wanted:
-        return chosen, f"combine: {chosen} SMs: all that the device has; {wanted} would be used on a larger one"
+        return chosen, f"all that the device has; {wanted} would be used on a larger one"
     if topology.num_ranks == 1:
-        return chosen, f"combine: {chosen} SMs: {_why_of_one(chosen, 1)}"
+        return chosen, _why_of_one(chosen, 1)
     if chosen > COMBINE_SMS:
         measured = _nearest(COMBINE_US_OF_TWO, shape.max_tokens)
         with_16, with_40 = COMBINE_US_OF_TWO[measured]
         return chosen, (
-            f"combine: {chosen} SMs: few rows cross the links for each token, so more SMs are needed to add up as fast "
+            f"few rows cross the links for each token, so more SMs are needed to add up as fast "
             f"as rows arrive: bfloat16 rows of T={measured} took {with_40} us with 40 and {with_16} us with 16 (2 H200)"
         )
     best, fewer = min(us for _, us in COMBINE_US), COMBINE_US[1]
     return chosen, (
-        f"combine: {chosen} SMs: bfloat16 rows of T=4096 took {best} us with 16 to 24 SMs and {fewer[1]} us with "
+        f"bfloat16 rows of T=4096 took {best} us with 16 to 24 SMs and {fewer[1]} us with "
         f"{fewer[0]} (4 H200); bulk loads from peers are slower with many ({gbps(LOAD_GBPS, 48):.0f} GB/s with 48)"
     )
 
@@ -280,29 +291,30 @@ def _adding_sms(shape: MoeShape, num_ranks: int) -> int:
 
 
 def _push_sms(shape: MoeShape, topology: Topology) -> tuple[int, str]:
-    what, most = "combine of rows in the user's memory", topology.num_sms
+    most = topology.num_sms
     pieces = -(-2 * shape.hidden // _PIECE_BYTES)
     needed = 2 * -(-shape.max_tokens * pieces // _PIECES_AT_ONCE)  # half of them push, half add up
     least = {1: COMBINE_SMS_OF_ONE, 2: PUSH_SMS_OF_TWO}.get(topology.num_ranks, PUSH_SMS)
     wanted = least if shape.max_tokens >= _SHORT_PUSH or topology.num_ranks == 1 else max(least, most // 2)
     if needed < wanted:
         chosen = min(needed, most)
-        return chosen, f"{what}: {chosen} SMs: more would be idle at M={shape.max_tokens}"
+        return chosen, f"more would be idle at M={shape.max_tokens}"
     chosen = min(wanted, most)
     if chosen < least:
-        return chosen, f"{what}: {chosen} SMs: all that the device has; {least} would be used on a larger one"
+        return chosen, f"all that the device has; {least} would be used on a larger one"
     if topology.num_ranks == 1:
-        return chosen, f"{what}: {chosen} SMs: {_why_of_one(chosen, 2)}"
+        return chosen, _why_of_one(chosen, 2)
     if chosen > least:
         return chosen, (
-            f"{what}: {chosen} SMs: half of the device, if fewer than {_SHORT_PUSH} tokens are combined: rows land "
+            f"half of the device, if fewer than {_SHORT_PUSH} tokens are combined: rows land "
             "late and all at once (T=128 took 53 us with 24 SMs and 42 with 66; 4 H200)"
         )
     curve, gpus = (PUSH_US_OF_TWO, 2) if topology.num_ranks == 2 else (PUSH_US, 4)
-    times, (more, least_us) = dict(curve), curve[3]
+    times = dict(curve)
+    more = 66 if topology.num_ranks == 2 else 48
     return chosen, (
-        f"{what}: {chosen} SMs: some push, the others add up what lands: bfloat16 rows of T=4096 took "
-        f"{times[chosen]} us, {times[24]} with 24 and {least_us} with {more} ({gpus} H200)"
+        f"some push, the others add up what lands: bfloat16 rows of T=4096 took "
+        f"{times[chosen]} us, {times[24]} with 24 and {times[more]} with {more} ({gpus} H200)"
     )
 
 

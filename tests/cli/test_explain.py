@@ -13,7 +13,8 @@ def test_the_case_of_the_targets(capsys):
     for text in ("5.295 ranks, 4.633 of them others", "140.27", "272.04", "dispatch: 16 SMs", "combine: 16 SMs"):
         assert text in out
     assert "window of each rank" in out
-    assert "us at least: at 340 GB/s: NVLink, the best that 8 H200 behind NVSwitch reach; assumed" in out
+    assert "us at 340 GB/s: NVLink, the best rate of 8 H200 behind NVSwitch; 4 reached 356; assumed" in out
+    assert "at least" not in out, "fewer GPUs have taken less time"
     # At the rate of the 13 SMs that push, not of all 32.
     assert next(line for line in out.splitlines() if "user's rows" in line).split()[-2:] == ["32", "870.2"]
 
@@ -36,7 +37,7 @@ def test_links_that_have_a_name(name, version, gbps, capsys, tmp_path):
     assert gbps == pytest.approx(16 * {"4.0": 16, "5.0": 32}[version] * (128 / 130) / 8, rel=1e-3)
     assert main(["explain", "--gbps", name, "--json", str(tmp_path / "found.json")]) == 0
     out = capsys.readouterr().out
-    assert f"us at least: at {gbps:g} GB/s: PCIe {version}: 16 lanes" in out
+    assert f"us at {gbps:g} GB/s: PCIe {version}: 16 lanes" in out
     assert "assumed" not in out
     row = next(line for line in out.splitlines() if "user's rows" in line).split()
     assert row[-1] == row[-3] == f"{272.04e3 / gbps:.1f}"
@@ -49,6 +50,26 @@ def test_a_rate_has_to_be_a_number_above_0(text, capsys):
     with pytest.raises(SystemExit):
         main(["explain", f"--gbps={text}"])
     assert "--gbps" in capsys.readouterr().err
+
+
+def test_what_a_call_takes_beside_its_bytes_is_said(capsys):
+    """As much as `tokenferry plan` adds."""
+    assert main(["explain", "--tokens", "128"]) == 0
+    out = capsys.readouterr().out
+    assert "both are of bytes alone. A call takes about 20 us more, and a dispatch with a new routing about 30" in out
+    assert "`tokenferry plan --nodes 1` adds these, and has decode calls" in out
+    assert main(["plan", "--nodes", "1"]) == 0
+    times = capsys.readouterr().out.partition("time of a call, us")[2].splitlines()
+    row = next(line for line in times if line.startswith("throughput dispatch")).split()
+    assert (row[2], row[6]) == ("30", "20"), "routing and fixed"
+
+
+def test_units(capsys):
+    """Rows are in units of 10^6 bytes, memory in those of 2^20."""
+    assert main(["explain"]) == 0
+    out = capsys.readouterr().out
+    num_bytes = 5 * 8 * 4096 * (2 * 7168 + 24 * 8 + 8)  # no decode calls at this M
+    assert f"1 MiB of flags and counts, and a heap of {num_bytes / 2**20:.0f} MiB" in out
 
 
 def test_other_sizes(capsys):

@@ -5,12 +5,19 @@ from dataclasses import fields
 
 import pytest
 
+from tokenferry.backends.cuda import decode
+from tokenferry.backends.cuda.across import decode_forms
+from tokenferry.cli import cuda_limits, plan
 from tokenferry.cli.main import main
+from tokenferry.cli.parser import parse
 from tokenferry.cost.calls import CallCost, Times
+from tokenferry.cost.case import Case, Cluster, Links
 from tokenferry.cost.deep_ep_v1 import LowLatency
-from tokenferry.cost.estimate import Estimate, Family
+from tokenferry.cost.estimate import DecodeSizes, Estimate, Family, estimate
 from tokenferry.cost.memory import Memory
 from tokenferry.cost.rows import RankRows
+from tokenferry.cost.sampling import Sampling
+from tokenferry.types import MoeShape
 
 ISSUE = "plan --nodes 32 --ranks-per-node 8 --experts 256 --top-k 8 --hidden 7168 --tokens 4096"
 
@@ -42,7 +49,10 @@ def test_a_large_cluster(capsys):
         "dispatch: 3 chunks for each other node, of up to 1366 tokens (9.79 MB), 1 with rows: 31 exchanges; "
     ) in out
     assert "combine: 4 chunks for each other node, of up to 1024 tokens (14.68 MB), 1 with rows: 31 exchanges" in out
-    assert "decode calls send 128 slots to each other node, of which 29.1 are filled; 0 overflows" in out
+    assert (
+        "decode calls send 128 slots to each other node, of which 29.1 are filled; 0 overflows expected in a call"
+        in out
+    )
     assert "a model: no time across a network was measured on GPUs" in out
 
 
@@ -58,6 +68,60 @@ def test_one_node_has_no_slots(capsys):
     assert "slots" not in out
     assert "chunks for each other node" not in out
     assert "rows across:" not in out
+    assert "DeepEP V1" not in out
+
+
+def test_too_few_slots(capsys):
+    """Every call would raise, whatever their times: 115.7 tokens for 16 slots."""
+    assert main(["plan", "--slots", "16"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("too few slots: with --slots 16 96 overflows are expected in a decode call")
+    assert "use --slots 127 or more" in out.splitlines()[0]
+    assert "decode calls send 16 slots to each other node, and 115.7 tokens need one; 96 overflows expected" in out
+    for slots, warned in (("107", True), ("108", False)):
+        assert main(["plan", "--nodes", "8", "--slots", slots]) == 0
+        out = capsys.readouterr().out
+        assert out.startswith("too few slots") == warned
+        assert "112 slots (108, rounded up to a multiple of eight)" in out or warned
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (
+            "--ranks-per-node 16",
+            "--ranks-per-node 16: backend cuda takes at most 8; a node has no more; use more nodes",
+        ),
+        ("--top-k 65", "--top-k 65: backend cuda takes at most 64; choose fewer"),
+        ("--experts 8192", "--experts 8192: backend cuda takes at most 4096; choose fewer"),
+        ("--hidden 12 --dtype bf16", "--hidden 12: a BF16 row has to be a multiple of 16 bytes; use a multiple of 8"),
+        ("--nodes 512 --ranks-per-node 1 --experts 512", "--nodes 512: backend cuda takes at most 256; use fewer"),
+        ("--nodes 1 --decode-tokens 65537", "--decode-tokens 65537: decode calls of backend cuda take at most 65536"),
+        (
+            "--nodes 32 --decode-tokens 2049",
+            "--decode-tokens 2049: 256 ranks have 524544 tokens in all, and decode calls of backend cuda across nodes "
+            "take at most 524288; use fewer",
+        ),
+    ],
+)
+def test_what_backend_cuda_refuses_is_said(words, complaint, capsys, tmp_path):
+    """The model has a say on larger systems, too."""
+    assert main(["plan", *words.split(), "--json", str(tmp_path / "out.json")]) == 0
+    assert capsys.readouterr().out.startswith(f"backend cuda refuses this: {complaint}")
+    (refused,) = json.loads((tmp_path / "out.json").read_text())["refused"]
+    assert refused.startswith(complaint)
+
+
+def test_what_backend_cuda_takes_at_most():
+    """The limits of the kernels, which commands must not import."""
+    assert cuda_limits.MAX_DECODE_TOKENS == decode._MAX_TOKENS
+    assert cuda_limits.MAX_DECODE_TOKENS_ACROSS == decode_forms._MAX_TOKENS
+    for words in ("--nodes 256 --experts 2048", "--nodes 32 --decode-tokens 2048", "--nodes 1 --decode-tokens 65536"):
+        args = parse(["plan", *words.split()])
+        shape = MoeShape(args.experts, args.top_k, args.hidden, args.tokens)
+        case = Case(Cluster(args.nodes, args.ranks_per_node), shape)
+        found = estimate(case, Links(50.0, 330.0), DecodeSizes(args.decode_tokens), Sampling())
+        assert plan.refused(found) == [], words
 
 
 @pytest.mark.parametrize("words", ["--groups 8 --limited-nodes 4", "--limited-nodes 4", "--groups 8 --top-groups 4"])
@@ -115,7 +179,8 @@ def test_json(tmp_path, capsys):
     assert main(["plan", "--nodes", "8", "--limited-nodes", "4", "--samples", "300", "--json", str(file)]) == 0
     assert f"written: {file}" in capsys.readouterr().out
     report = json.loads(file.read_text())
-    assert set(report) == {"schema", "tokenferry", "commit", "date", "command", "machine", "estimate"}
+    assert set(report) == {"schema", "tokenferry", "commit", "date", "command", "machine", "refused", "estimate"}
+    assert report["refused"] == []
     assert report["schema"] == 1
     assert report["command"].startswith("tokenferry plan --nodes 8")
     found = report["estimate"]

@@ -104,15 +104,16 @@ def test_low_latency_hint_is_exact_on_one_node(monkeypatch):
     assert Buffer.get_low_latency_rdma_size_hint(4, 128, 2, 2) == 8832  # here a dispatched row is the larger one
 
 
+@pytest.mark.parametrize("tokens", [128, 100])
 @pytest.mark.parametrize(("experts", "choices"), [(256, 64), (32, 32)])
-def test_low_latency_hint_on_several_nodes_is_what_two_levels_take(experts, choices):
+def test_low_latency_hint_on_several_nodes_is_what_two_levels_take(experts, choices, tokens):
     """The cost model has the same buffers: its K is what DeepEP's function is not told."""
     case = Case(Cluster(4, 8), MoeShape(experts, choices, 7168, 4096), rows="bf16")
-    modelled = decode_memory(case, RankRows(), slots=128).network_bytes
-    hint = Buffer.get_low_latency_rdma_size_hint(128, 7168, 32, experts)
+    modelled = decode_memory(case, RankRows(), slots=tokens).network_bytes
+    hint = Buffer.get_low_latency_rdma_size_hint(tokens, 7168, 32, experts)
     assert hint == -(-modelled // 128) * 128
-    assert hint < low_latency_rdma_size_hint(128, 7168, experts)
-    assert Buffer.get_low_latency_rdma_size_hint(128, 7168, 64, experts) == pytest.approx(hint * 7 / 3, rel=1e-4)
+    assert hint < low_latency_rdma_size_hint(tokens, 7168, experts)
+    assert Buffer.get_low_latency_rdma_size_hint(tokens, 7168, 64, experts) == pytest.approx(hint * 7 / 3, rel=1e-4)
 
 
 @pytest.mark.parametrize("sizes", [(-1, 7168, 2, 8), (128, 0, 2, 8), (128, 7168, 0, 8), (128, 7168, 2, 0.5)])

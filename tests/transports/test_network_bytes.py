@@ -13,7 +13,7 @@ import torch
 from support.pairs import Pair
 from tokenferry import Quantized, Routing, Scale
 from tokenferry.backends.cpu.exchange import Exchange
-from tokenferry.cost.calls import decode_call, slot_weight_bytes, throughput_call
+from tokenferry.cost.calls import decode_call, sent_slots, slot_weight_bytes, throughput_call
 from tokenferry.cost.case import Case, Cluster, Links
 from tokenferry.cost.rows import count_rows, network_rows
 from tokenferry.layout import Sections
@@ -165,7 +165,8 @@ def test_counted_rows_of_decode_calls_cross_the_network(worlds, ranks, quantize)
             assert sum(remote_rows(rank, sums)) == home
         model = decode_call("combine", case, expected, links, slots)
         assert model.row_bytes == COMBINES["exact"][1][0][0]
-        assert model.routing_out_bytes == peers * slots * 4 * K == peers * slots * slot_weight_bytes(case)
+        sent = peers * sent_slots(slots)
+        assert model.routing_out_bytes == sent * 4 * K == sent * slot_weight_bytes(case)
 
 
 def remote_rows(rank, rows):

@@ -8,18 +8,21 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from tokenferry.backends.cuda.across.decode_forms import rail_sizes
 from tokenferry.backends.cuda.across.parcels import Chunks, RowWidths
 from tokenferry.backends.cuda.across.relay import fixed_relay, make_relay
 from tokenferry.compat.deep_ep.config import low_latency_rdma_size_hint
 from tokenferry.cost import calls
-from tokenferry.cost.calls import Times, decode_call, entry_bytes, slot_header_bytes, throughput_call
+from tokenferry.cost.calls import Times, decode_call, entry_bytes, sent_slots, slot_header_bytes, throughput_call
 from tokenferry.cost.case import Case, Cluster, Gate, Links
 from tokenferry.cost.deep_ep_v1 import low_latency
-from tokenferry.cost.estimate import DecodeSizes, estimate, over_nodes
+from tokenferry.cost.estimate import MOST_OVERFLOWS, DecodeSizes, estimate, expected_overflows, over_nodes
 from tokenferry.cost.memory import throughput_memory
 from tokenferry.cost.reach import uniform_reach
 from tokenferry.cost.rows import RankRows, busiest, count_rows, expected_rows
 from tokenferry.cost.sampling import Sampling
+from tokenferry.errors import ConfigError
+from tokenferry.topology import Topology, consecutive
 from tokenferry.types import MoeShape
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -181,7 +184,8 @@ def test_decode_calls_send_every_slot_and_their_legs_follow_each_other():
     cost = decode_call("dispatch", case, rows, LINKS, 100)
     assert cost == each.decoding.dispatch
     times = cost.times
-    assert times.network_us == pytest.approx(7 * 100 * (7392 + 64) / 50e3 + 10)
+    assert cost.chunk_tokens == 104, "a multiple of eight, as the kernels send"
+    assert times.network_us == pytest.approx(7 * 104 * (7392 + 64) / 50e3 + 10)
     assert times.nvlink_us == pytest.approx(busiest(rows).own_out * 8 * 7392 / 330e3 / 0.62)
     packing = 2 * busiest(rows).network_out * 7392 / 4143e3
     assert times.total_us == pytest.approx(times.network_us + times.nvlink_us + packing + 7)
@@ -226,6 +230,30 @@ def test_overflows_are_a_binomial_tail():
     assert estimate(case, LINKS, DecodeSizes(3), Sampling()).overflows == 0
     always = Case(Cluster(2, 1), MoeShape(2, 2, 128, 3))
     assert estimate(always, LINKS, DecodeSizes(3, 2), Sampling()).overflows == 2
+
+
+@pytest.mark.parametrize(("nodes", "tokens"), [(1, 128), (2, 128), (8, 128), (32, 128), (32, 1)])
+def test_enough_slots_are_the_fewest_that_hardly_overflow(nodes, tokens):
+    case = Case(Cluster(nodes, 8), replace(V3, max_tokens=tokens))
+    enough = estimate(case, LINKS, DecodeSizes(tokens), Sampling()).enough_slots
+    reach = uniform_reach(case)
+    assert expected_overflows(case.cluster, reach, DecodeSizes(tokens, enough)) < MOST_OVERFLOWS
+    assert enough == 1 or expected_overflows(case.cluster, reach, DecodeSizes(tokens, enough - 1)) >= MOST_OVERFLOWS
+
+
+@pytest.mark.parametrize("slots", [1, 8, 9, 100, 128])
+def test_as_many_slots_cross_as_in_the_calls(slots):
+    sizes = rail_sizes(replace(V3, max_tokens=128, node_slots=slots), Topology(0, consecutive(64, 8)))
+    assert sent_slots(slots) == sizes.segment
+
+
+def test_a_call_that_the_model_does_not_have():
+    case = Case(Cluster(2, 8), V3)
+    rows = expected_rows(case, uniform_reach(case))
+    with pytest.raises(ConfigError, match="'redispatch' is no call of the model"):
+        throughput_call("redispatch", case, rows, LINKS)
+    with pytest.raises(ConfigError, match="'decode_combine' is no call of the model"):
+        decode_call("decode_combine", case, rows, LINKS, 8)
 
 
 def test_memory():

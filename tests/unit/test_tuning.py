@@ -1,7 +1,9 @@
 """Numbers of SMs and their reasons; what a uniform routing moves."""
 
 import itertools
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from tokenferry.errors import ConfigError
 from tokenferry.tuning import Topology, travel, tune
 from tokenferry.types import MoeShape
 
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 V3 = MoeShape(num_experts=256, top_k=8, hidden=7168, max_tokens=4096)
 H200 = Topology(num_ranks=8, num_sms=132)
 
@@ -25,11 +28,38 @@ def test_large_calls_take_the_measured_numbers():
     tuned = tune(V3, H200)
     assert (tuned.dispatch_sms, tuned.combine_sms, tuned.push_sms) == (16, 16, 32)
     dispatch, combine, push, heap = tuned.reasons
-    assert "250 us with 12 to 24 SMs" in dispatch
-    assert "290 us with 8" in dispatch
-    assert "496 us with 16 to 24 SMs" in combine
-    assert "521 us, 549 with 24 and 507 with 48 (4 H200)" in push
-    assert "T=4096 took 496 us, and 507 when they were pushed, with as many SMs as help (4 H200)" in heap
+    assert "247 us with 12 to 24 SMs" in dispatch
+    assert "288 us with 8" in dispatch
+    assert "494 us with 16 to 24 SMs and 570 us with 12" in combine
+    assert "519 us, 547 with 24 and 504 with 48 (4 H200)" in push
+    assert "T=4096 took 494 us, and 504 when they were pushed, with as many SMs as help (4 H200)" in heap
+
+
+def test_times_of_four_gpus_are_those_of_runs_that_are_kept():
+    """So what `tokenferry explain` gives as reasons can be looked up, all of it from one commit and machine."""
+
+    def measured(file, mode):
+        results = json.loads((BENCHMARKS / f"2026-11-29_4xh200_67d3d47-{file}.json").read_text())["results"]
+        for each in results:
+            label = each["label"]
+            if label["routing"] == "uniform":
+                yield (label["call"], label["rows"], label["tokens"], label["num_sms"]), round(each[mode]["median_us"])
+
+    over_sms = dict(measured("sms", "back_to_back"))
+    for call, rows, curve in (
+        ("dispatch, plan kept", "fp8", tuning.DISPATCH_US),
+        ("combine, rows in the group's memory", "bf16", tuning.COMBINE_US),
+        ("combine, rows in user memory", "bf16", tuning.PUSH_US),
+    ):
+        found = {sms: us for (name, kind, _, sms), us in over_sms.items() if (name, kind) == (call, rows)}
+        assert dict(curve) == found
+    calls = {key[:3]: us for key, us in measured("calls", "isolated")}
+    for tokens, (fetched, pushed) in tuning.FETCHED_OR_PUSHED_US.items():
+        if tokens == 4096:
+            assert (fetched, pushed) == (min(us for _, us in tuning.COMBINE_US), min(us for _, us in tuning.PUSH_US))
+        else:
+            assert fetched == calls["combine, rows in the group's memory", "bf16", tokens]
+            assert pushed == calls["combine, rows in user memory", "bf16", tokens]
 
 
 @pytest.mark.parametrize(
@@ -48,7 +78,7 @@ def test_small_calls_take_no_more_than_find_work(max_tokens, hidden, numbers):
     tuned = tune(sized(max_tokens, hidden), H200)
     assert (tuned.dispatch_sms, tuned.combine_sms, tuned.push_sms) == numbers
     for number, reason in zip(numbers, tuned.reasons[:3], strict=True):
-        assert f": {number} SMs: " in reason
+        assert f": {number} SM{'s' if number > 1 else ''}: " in reason
 
 
 @pytest.mark.parametrize(

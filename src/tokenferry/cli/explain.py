@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,20 +11,23 @@ from typing import Any
 from tokenferry import tuning
 from tokenferry.bench.core.inputs import FP8_COLUMNS
 from tokenferry.bench.report import about
-from tokenferry.cli.options import SIZES, check_experts, positive, rate
+from tokenferry.cli.cuda_limits import refused_ranks, refused_shape
+from tokenferry.cli.options import SIZES, check_experts, positive
 from tokenferry.cli.output import add_json, write_json
 from tokenferry.cli.screen import Screen
+from tokenferry.cost.calls import FIXED_US, PLACES_US
 from tokenferry.errors import ConfigError
-from tokenferry.kernels.control_block import MAX_EXPERTS, MAX_RANKS, MAX_TOP_K
 from tokenferry.tuning import Topology
 from tokenferry.types import MoeShape
 
 DESCRIPTION = """\
-Computes, without any GPU: the bytes that leave each GPU in one call (routing uniform), the time that the links need for
-them at least, the SMs that calls take without num_sms, with the reasons, and the GPU memory of a group. It looks at no
-machine: it assumes NVLink behind NVSwitch, as the times of SMs were measured with it, unless --gbps names other links.
+Computes, without any GPU: the bytes that leave each GPU in one call (routing uniform), their time at the rate of the
+links, the SMs that calls take without num_sms, with the reasons, and the GPU memory of a group. It looks at no machine:
+it assumes NVLink behind NVSwitch, as the times of SMs were measured with it, unless --gbps names other links.
 """
-CONTROL_BLOCK_MB = 1
+CONTROL_BLOCK_MIB = 1
+FROM_TOKENS = 2048
+"""With fewer tokens the host decides how long a dispatch with a new routing takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +45,7 @@ class Link:
     measured: bool = False
 
 
-NVLINK = Link(tuning.LINK_GBPS, "NVLink, the best that 8 H200 behind NVSwitch reach", measured=True)
+NVLINK = Link(tuning.LINK_GBPS, "NVLink, the best rate of 8 H200 behind NVSwitch; 4 reached 356", measured=True)
 LINKS = {
     "nvlink": NVLINK,
     "pcie4": Link(31.5, "PCIe 4.0: 16 lanes of 16 GT/s, 128 bits of 130, of which headers take a part; not measured"),
@@ -54,9 +58,14 @@ def link(text: str) -> Link:
     """Parse a rate in GB/s, or the name of a link.
 
     Raises:
-        ValueError: it is neither.
+        ArgumentTypeError: it is neither.
     """
-    return LINKS[text] if text in LINKS else Link(rate(text), "as --gbps says")
+    if text in LINKS:
+        return LINKS[text]
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < float("inf"):
+            return Link(float(text), "as --gbps says")
+    raise argparse.ArgumentTypeError(f"expected GB/s above 0, or {', '.join(LINKS)}, got {text!r}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,15 +107,10 @@ def _check_cuda(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: none can.
     """
-    for option, value, most, remedy in (
-        ("--ranks", args.ranks, MAX_RANKS, "a node has no more; `tokenferry plan` estimates several"),
-        ("--experts", args.experts, MAX_EXPERTS, "choose fewer"),
-        ("--top-k", args.top_k, MAX_TOP_K, "choose fewer"),
-    ):
-        if value > most:
-            raise ConfigError(f"{option} {value}: backend cuda takes at most {most}; {remedy}")
-    if args.hidden % 8:
-        raise ConfigError(f"--hidden {args.hidden}: a BF16 row has to be a multiple of 16 bytes; use a multiple of 8")
+    shape = MoeShape(args.experts, args.top_k, args.hidden, args.tokens)
+    remedy = "a node has no more; `tokenferry plan` estimates several"
+    for why in (*refused_ranks("--ranks", args.ranks, remedy), *refused_shape(shape)):
+        raise ConfigError(why)
 
 
 def explained(shape: MoeShape, topology: Topology, link: Link = NVLINK) -> dict[str, Any]:
@@ -144,33 +148,39 @@ def show(found: Mapping[str, Any], link: Link, screen: Screen) -> None:
             one["call"],
             str(one["row_bytes"]),
             f"{one['bytes_out'] / 1e6:.2f}",
-            f"{one['us_at_least']:.1f}",
+            f"{one['us_at_link_gbps']:.1f}",
             str(one["num_sms"]),
             f"{one['us']:.1f}",
         ]
         for one in found["calls"]
     ]
-    screen.table("what leaves each GPU", ("call", "row bytes", "MB", "us at least", "SMs", "us, its SMs"), rows)
+    at = f"us at {link.gbps:g} GB/s"
+    screen.table("what leaves each GPU", ("call", "row bytes", "MB", at, "SMs", "us, its SMs"), rows)
     assumed = (
         "" if link is not NVLINK else "; assumed, since no machine was looked at: --gbps names others, such as pcie4"
     )
-    screen.line(f"us at least: at {link.gbps:g} GB/s: {link.why}{assumed};")
+    screen.line(f"{at}: {link.why}{assumed};")
     screen.line(
         f"us, its SMs: at what H200 reach with that many SMs{'' if link.measured else ', and no faster than that'}. "
         "`tokenferry limits` measures this machine, `tokenferry doctor` says what its links are"
+    )
+    screen.line(
+        f"both are of bytes alone. A call takes about {FIXED_US:.0f} us more, and a dispatch with a new routing about "
+        f"{PLACES_US:.0f} beyond that, below T={FROM_TOKENS} more, since it waits for its host. "
+        "`tokenferry plan --nodes 1` adds these, and has decode calls, which are for few tokens"
     )
     screen.line()
     for reason in found["reasons"]:
         screen.line(reason)
     screen.line("num_sms of each call takes precedence")
     screen.line()
-    heap = f"{CONTROL_BLOCK_MB} MB of flags and counts, and a heap of {found['heap_bytes'] / 2**20:.0f} MB"
+    heap = f"{CONTROL_BLOCK_MIB} MiB of flags and counts, and a heap of {found['heap_bytes'] / 2**20:.0f} MiB"
     screen.line(f"window of each rank: {heap},")
     screen.line(
         f"holding five dispatches of {found['heap_rows']} rows of {2 * sizes['hidden']} bytes (the worst routing), "
         "and for small M the data under way of decode calls;"
     )
-    screen.line("at most a quarter of the device's memory; TOKENFERRY_HEAP_MB takes precedence")
+    screen.line("at most a quarter of the device's memory; TOKENFERRY_HEAP_MB (MiB) takes precedence")
 
 
 def _calls(shape: MoeShape, topology: Topology, gbps: float) -> Iterator[dict[str, Any]]:
@@ -192,7 +202,7 @@ def _calls(shape: MoeShape, topology: Topology, gbps: float) -> Iterator[dict[st
             "call": name,
             "row_bytes": row_bytes,
             "bytes_out": moved,
-            "us_at_least": moved / gbps / 1e3,
+            "us_at_link_gbps": moved / gbps / 1e3,
             "num_sms": num_sms,
             "us": moved / min(reached, gbps) / 1e3,
         }

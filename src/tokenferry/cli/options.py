@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import secrets
 from collections.abc import Callable
 
@@ -25,12 +24,11 @@ def positive(text: str) -> int:
     """Parse an option that has to be a positive integer, no larger than a size can be.
 
     Raises:
-        ValueError: it is not one.
-        ArgumentTypeError: it is too large.
+        ArgumentTypeError: it is not one, or too large.
     """
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
+    value = _whole(text)
+    if value is None or value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, such as 4096, got {text!r}")
     if value > MAX_SIZE:
         raise argparse.ArgumentTypeError(f"{text} is above {MAX_SIZE}, the largest size")
     return value
@@ -40,31 +38,51 @@ def seed(text: str) -> int:
     """Parse a seed: 0 .. 2^39 - 1, since those of layers, which are a little larger, end at 2^40 - 1.
 
     Raises:
-        ValueError: it is not one.
+        ArgumentTypeError: it is not one.
     """
-    value = int(text)
-    if not 0 <= value < 1 << 39:
-        raise ValueError(text)
+    value = _whole(text)
+    if value is None or not 0 <= value < 1 << 39:
+        raise argparse.ArgumentTypeError(f"expected an integer from 0 to {(1 << 39) - 1}, got {text!r}")
     return value
 
 
-def rate(text: str) -> float:
-    """Parse an option that has to be a finite number above 0.
+def integer(text: str) -> int:
+    """Parse an integer.
 
     Raises:
-        ValueError: it is not one.
+        ArgumentTypeError: it is not one.
     """
-    value = float(text)
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(text)
+    value = _whole(text)
+    if value is None:
+        raise argparse.ArgumentTypeError(f"expected an integer, got {text!r}")
     return value
+
+
+def number(text: str) -> float:
+    """Parse a number; whoever uses it checks its range.
+
+    Raises:
+        ArgumentTypeError: it is not one.
+    """
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+
+
+def _whole(text: str) -> int | None:
+    """Return an integer, or None if it is none."""
+    try:
+        return int(text)
+    except ValueError:
+        return None
 
 
 def positives(text: str) -> tuple[int, ...]:
     """Parse positive integers with commas between them.
 
     Raises:
-        ValueError: one of them is not positive.
+        ArgumentTypeError: one of them is none.
     """
     return tuple(positive(part) for part in text.split(","))
 

@@ -9,14 +9,15 @@ from tokenferry import tuning
 from tokenferry.bench.report import about
 from tokenferry.bench.report.costs import plot_costs
 from tokenferry.bench.report.plots import need_matplotlib
-from tokenferry.cli.options import SIZES, positive, seed
+from tokenferry.cli.cuda_limits import refused_decoding, refused_nodes, refused_ranks, refused_shape
+from tokenferry.cli.options import SIZES, number, positive, seed
 from tokenferry.cli.output import add_json, picture_file, write_json
 from tokenferry.cli.screen import Screen
-from tokenferry.cost.calls import CallCost
+from tokenferry.cost.calls import CallCost, sent_slots
 from tokenferry.cost.case import Case, Cluster, Gate, Links
-from tokenferry.cost.estimate import DecodeSizes, Estimate, Family, as_json, estimate, over_nodes
+from tokenferry.cost.estimate import MOST_OVERFLOWS, DecodeSizes, Estimate, Family, as_json, estimate, over_nodes
 from tokenferry.cost.sampling import Sampling
-from tokenferry.errors import ConfigError, page_place
+from tokenferry.errors import ConfigError, page_place, several
 from tokenferry.types import MoeShape
 
 DESCRIPTION = """\
@@ -60,21 +61,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     sizes.add_argument("--decode-tokens", type=positive, default=128, help="the same in decode calls (default: 128)")
     sizes.add_argument(
-        "--slots", type=positive, help="rows that a decode call sends to each other node (default: as tokens)"
+        "--slots", type=positive, help="most rows of a rank for each other node in a decode call (default: as tokens)"
     )
     sizes.add_argument("--dtype", choices=("fp8", "bf16"), default="fp8", help="rows of dispatches (default: fp8)")
     links = parser.add_argument_group("links, in each direction, 10^9 bytes a second a rank")
-    links.add_argument("--network-gbs", type=float, default=50.0, help="between nodes (default: 50, 400 Gb/s)")
-    links.add_argument("--nvlink-gbs", type=float, default=330.0, help="inside a node (default: 330, H200)")
+    links.add_argument("--network-gbs", type=number, default=50.0, help="between nodes (default: 50, 400 Gb/s)")
+    links.add_argument("--nvlink-gbs", type=number, default=330.0, help="inside a node (default: 330, H200)")
     links.add_argument(
-        "--network-us", type=float, default=10.0, help="time of an exchange without bytes, us (default: 10)"
+        "--network-us", type=number, default=10.0, help="time of an exchange without bytes, us (default: 10)"
     )
     gate = parser.add_argument_group("routing; uniform without these")
     gate.add_argument("--groups", type=positive, metavar="G", help="groups of experts; DeepSeek-V3: 8")
     gate.add_argument("--top-groups", type=positive, metavar="L", help="groups that a token may use; DeepSeek-V3: 4")
     gate.add_argument("--limited-nodes", type=positive, metavar="L", help="--top-groups, with one group for each node")
     gate.add_argument(
-        "--skew", type=float, default=0.0, metavar="S", help="expert i has popularity 1 / i^S (default: 0)"
+        "--skew", type=number, default=0.0, metavar="S", help="expert i has popularity 1 / i^S (default: 0)"
     )
     gate.add_argument(
         "--placement",
@@ -114,11 +115,24 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
 
 def report(found: Estimate, command: str) -> dict[str, Any]:
     """Return the JSON report."""
-    return {"schema": 1, **about.about(command), "estimate": as_json(found)}
+    return {"schema": 1, **about.about(command), "refused": refused(found), "estimate": as_json(found)}
+
+
+def refused(found: Estimate) -> list[str]:
+    """Return why backend cuda cannot make these calls, by the names of options; empty if it can."""
+    cluster = found.case.cluster
+    return [
+        *refused_ranks("--ranks-per-node", cluster.ranks_per_node, "a node has no more; use more nodes"),
+        *refused_nodes(cluster.num_nodes),
+        *refused_shape(found.case.shape),
+        *refused_decoding(found.decoding.tokens, cluster.num_ranks, cluster.num_nodes),
+    ]
 
 
 def show(found: Estimate, screen: Screen) -> None:
     """Print the tables."""
+    for line in _warnings(found):
+        screen.line(line, style="yellow")
     for line in _head(found):
         screen.line(line)
     screen.line()
@@ -160,6 +174,16 @@ def _gate(args: argparse.Namespace) -> Gate:
     return Gate(groups or 1, top_groups or 1, args.skew, args.placement)
 
 
+def _warnings(found: Estimate) -> list[str]:
+    lines = [f"backend cuda refuses this: {why}" for why in refused(found)]
+    if found.overflows >= MOST_OVERFLOWS:
+        lines.append(
+            f"too few slots: with --slots {found.decode_slots} {_overflows(found)} are expected in a decode "
+            f"call, each of which raises a CapacityError on all ranks; use --slots {found.enough_slots} or more"
+        )
+    return lines
+
+
 def _head(found: Estimate) -> list[str]:
     case, reach, gate = found.case, found.reach, found.case.gate
     cluster, shape = case.cluster, case.shape
@@ -181,21 +205,30 @@ def _head(found: Estimate) -> list[str]:
 
 
 def _foot(found: Estimate) -> list[str]:
-    v1, decoding = found.deep_ep_v1, found.decoding
+    v1 = found.deep_ep_v1
     lines = ["whole: routing, the longer one of network and NVLink, what it does not hide, and launch and flags"]
     if found.case.cluster.num_nodes > 1:
         lines += [*_chunks(found), *_network_memory(found.case)]
-        filled = decoding.mean_rows.network_out / (found.case.cluster.num_nodes - 1)
-        lines.append(
-            f"decode calls send {found.decode_slots} slots to each other node, of which {filled:.1f} are filled; "
-            f"{found.overflows:.2g} overflows a call are expected"
-        )
-    lines.append(
-        f"DeepEP V1 low latency: {v1.dispatch_us:.0f} us for the bytes of a dispatch, {v1.combine_us:.0f} of a "
-        f"combine; {v1.buffer_bytes / 1e6:.0f} MB of buffers"
-    )
+        lines += [
+            _slots(found),
+            f"DeepEP V1 low latency: {v1.dispatch_us:.0f} us for the bytes of a dispatch, {v1.combine_us:.0f} of a "
+            f"combine; {v1.buffer_bytes / 1e6:.0f} MB of buffers",
+        ]
     lines.append(f"a model: no time across a network was measured on GPUs; see {page_place('cost-model')}")
     return lines
+
+
+def _slots(found: Estimate) -> str:
+    most, sent = found.decode_slots, sent_slots(found.decode_slots)
+    needed = found.decoding.mean_rows.network_out / (found.case.cluster.num_nodes - 1)
+    rounded = "" if sent == most else f" ({most}, rounded up to a multiple of eight)"
+    used = f"of which {needed:.1f} are filled" if needed <= most else f"and {needed:.1f} tokens need one"
+    return f"decode calls send {sent} slots{rounded} to each other node, {used}; {_overflows(found)} expected in a call"
+
+
+def _overflows(found: Estimate) -> str:
+    number = found.overflows
+    return f"{number:.2g} overflows" if number < 10 else f"{number:.0f} overflows"
 
 
 def _chunks(found: Estimate) -> list[str]:
@@ -206,16 +239,12 @@ def _chunks(found: Estimate) -> list[str]:
     ):
         used = cost.num_exchanges // (case.cluster.num_nodes - 1)
         size = f"of up to {cost.chunk_tokens} tokens ({cost.chunk_tokens * row_bytes / 1e6:.2f} MB)"
-        exchanges = f"{used} with rows: {_several(cost.num_exchanges, 'exchange')}"
+        exchanges = f"{used} with rows: {several(cost.num_exchanges, 'exchange')}"
         lines.append(
-            f"{cost.call}: {_several(cost.num_chunks, 'chunk')} for each other node, {size}, {exchanges}; "
+            f"{cost.call}: {several(cost.num_chunks, 'chunk')} for each other node, {size}, {exchanges}; "
             f"{tuning.why_rail_chunks(case.shape.max_tokens, row_bytes)}"
         )
     return lines
-
-
-def _several(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _network_memory(case: Case) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Literal
 from tokenferry import tuning
 from tokenferry.cost.case import Case, Links
 from tokenferry.cost.rows import RankRows
+from tokenferry.errors import ConfigError
 
 CallName = Literal["dispatch", "combine"]
 
@@ -37,6 +38,7 @@ PEER_BYTES = 16
 _TOKEN_BYTES = 4
 _WEIGHT_BYTES = 4
 _SLOT_ALIGN = 16
+_SLOTS_AT_ONCE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +125,15 @@ def slot_header_bytes(case: Case) -> int:
     return -(-entry_bytes(case) // _SLOT_ALIGN) * _SLOT_ALIGN
 
 
+def sent_slots(slots: int) -> int:
+    """Return how many slots a decode call on GPUs sends to each other node: a multiple of eight. Pure.
+
+    Args:
+        slots: The most tokens of a rank that may go to the same other node, S.
+    """
+    return -(-slots // _SLOTS_AT_ONCE) * _SLOTS_AT_ONCE
+
+
 def slot_weight_bytes(case: Case) -> int:
     """Return the bytes of the weights of a slot, with which the other node adds up in a decode combine. Pure."""
     return _WEIGHT_BYTES * case.shape.top_k
@@ -168,6 +179,9 @@ def throughput_call(call: CallName, case: Case, rows: Sequence[RankRows], links:
         case: Sizes and cluster.
         rows: The rows of the dispatch on the links of every rank, expected or counted.
         links: Their rates.
+
+    Raises:
+        ConfigError: ``call`` is neither.
     """
     load, peers = _load(call, case, rows), case.cluster.num_nodes - 1
     routing_us, entries = PLACES_US if call == "dispatch" else 0.0, 0.0
@@ -200,9 +214,12 @@ def decode_call(call: CallName, case: Case, rows: Sequence[RankRows], links: Lin
         case: Sizes and cluster.
         rows: The rows of the dispatch on the links of every rank, expected or counted.
         links: Their rates.
-        slots: Rows that a rank sends to each other node, whether it has that many or not.
+        slots: The most rows that a rank may have for each other node, S; it sends `sent_slots` of them, used or not.
+
+    Raises:
+        ConfigError: ``call`` is neither.
     """
-    load, peers = _load(call, case, rows), case.cluster.num_nodes - 1
+    load, peers, slots = _load(call, case, rows), case.cluster.num_nodes - 1, sent_slots(slots)
     filled = load.network_out
     beside = peers * slots * (slot_header_bytes(case) if call == "dispatch" else slot_weight_bytes(case))
     slot_bytes = float(peers * slots * load.row_bytes)
@@ -217,6 +234,8 @@ def decode_call(call: CallName, case: Case, rows: Sequence[RankRows], links: Lin
 
 
 def _load(call: CallName, case: Case, rows: Sequence[RankRows]) -> _Load:
+    if call not in ("dispatch", "combine"):
+        raise ConfigError(f'{call!r} is no call of the model; expected "dispatch" or "combine"')
     if call == "dispatch":
         row_bytes, directed = case.dispatch_row_bytes, list(rows)
     else:

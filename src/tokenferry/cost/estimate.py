@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -17,6 +19,9 @@ from tokenferry.cost.sampling import Sampling
 from tokenferry.errors import ConfigError
 
 FamilyName = Literal["throughput", "decoding"]
+
+MOST_OVERFLOWS = 1e-3
+"""Expected overflows of a decode call from which on its slots are too few: one in a thousand calls."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +53,7 @@ class DecodeSizes:
 
     Args:
         tokens: T of each rank, and M.
-        slots: Rows that a rank can send to each other node in one call; None: M, which is never too few.
+        slots: The most rows of a rank for each other node in one call, S; None: M, which is never too few.
 
     Raises:
         ConfigError: a number is out of range.
@@ -79,8 +84,9 @@ class Estimate:
         reach: How far tokens go.
         throughput: `dispatch` and `combine`.
         decoding: `decode_dispatch` and `decode_combine`.
-        decode_slots: Slots of each other node in a decode call.
-        overflows: Expected number of (rank, other node) in one decode call whose tokens exceed the slots.
+        decode_slots: S, the most tokens of a rank for each other node in a decode call; see `sent_slots`.
+        enough_slots: The least S with fewer than `MOST_OVERFLOWS`.
+        overflows: Expected number of (rank, other node) in one decode call whose tokens exceed S.
         deep_ep_v1: The decode calls by DeepEP's V1 low-latency mode.
     """
 
@@ -90,6 +96,7 @@ class Estimate:
     throughput: Family
     decoding: Family
     decode_slots: int
+    enough_slots: int
     overflows: float
     deep_ep_v1: LowLatency
 
@@ -125,8 +132,9 @@ def estimate(case: Case, links: Links, decode: DecodeSizes, sampling: Sampling) 
         decode_call("combine", decode_case, decode_rows, links, slots),
         decode_memory(decode_case, decode_most, slots),
     )
-    overflows = expected_overflows(case.cluster, reach, decode)
-    return Estimate(case, links, reach, throughput, decoding, slots, overflows, low_latency(decode_case, links))
+    enough = enough_slots(case.cluster, reach, decode.tokens)
+    overflows, v1 = expected_overflows(case.cluster, reach, decode), low_latency(decode_case, links)
+    return Estimate(case, links, reach, throughput, decoding, slots, enough, overflows, v1)
 
 
 def over_nodes(case: Case, links: Links, decode: DecodeSizes, sampling: Sampling) -> Iterator[Estimate]:
@@ -144,7 +152,16 @@ def expected_overflows(cluster: Cluster, reach: Reach, decode: DecodeSizes) -> f
     A node is needed by each of T tokens with its probability, so that the number is binomial.
     """
     pairs = cluster.num_ranks - cluster.ranks_per_node  # the ranks that may send to one node
-    return sum(pairs * _exceeds(decode.tokens, hit, decode.num_slots) for hit in reach.nodes)
+    nodes = Counter(reach.nodes)
+    return sum(pairs * count * _exceeds(decode.tokens, hit, decode.num_slots) for hit, count in nodes.items())
+
+
+def enough_slots(cluster: Cluster, reach: Reach, tokens: int) -> int:
+    """Return the fewest slots of a decode call with fewer than `MOST_OVERFLOWS` expected. Pure."""
+    found = range(1, tokens)
+    return 1 + bisect_left(
+        found, True, key=lambda slots: expected_overflows(cluster, reach, DecodeSizes(tokens, slots)) < MOST_OVERFLOWS
+    )
 
 
 def as_json(found: Estimate) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tokenferry.cost.calls import slot_header_bytes, slot_weight_bytes
+from tokenferry.cost.calls import sent_slots, slot_header_bytes, slot_weight_bytes
 from tokenferry.cost.case import Case
 from tokenferry.cost.rows import RankRows
 from tokenferry.layout import network_capacity
@@ -72,7 +72,7 @@ def decode_memory(case: Case, most: RankRows, slots: int) -> Memory:
     Pure.
     """
     slot_bytes = case.dispatch_row_bytes + slot_header_bytes(case) + case.combine_row_bytes + slot_weight_bytes(case)
-    num_bytes = _PARITIES * 2 * (case.cluster.num_nodes - 1) * slots * slot_bytes
+    num_bytes = _PARITIES * 2 * (case.cluster.num_nodes - 1) * sent_slots(slots) * slot_bytes
     return _memory(case, most, num_bytes, num_bytes, num_bytes)
 
 

@@ -184,9 +184,10 @@ def low_latency_rdma_size_hint(max_tokens: int, hidden: int, num_experts: int) -
 def low_latency_size_hint(max_tokens: int, hidden: int, num_ranks: int, num_experts: int) -> int:
     """Return the bytes for low-latency calls: one node as DeepEP V1, several what two levels take.
 
-    Two levels have a slot for each of M tokens and other node, to send and to receive, twice: for a row with a header
-    in a dispatch, and for a row in a combine, with the weights. With TOKENFERRY_NETWORK=nvshmem messages of one call
-    are put where those of another one were, and there is memory for the own node, too.
+    Two levels have a slot for each other node and each of M tokens, rounded up to a multiple of eight, to send and to
+    receive, twice: for a row with a header in a dispatch, and for a row in a combine, with the weights. With
+    TOKENFERRY_NETWORK=nvshmem messages of one call are put where those of another one were, and there is memory for
+    the own node, too.
     """
     others = -(-num_ranks // _ranks_per_node()) - 1
     if others < 1:
@@ -198,7 +199,7 @@ def low_latency_size_hint(max_tokens: int, hidden: int, num_ranks: int, num_expe
         row = max(record, 672 * -(-hidden // 512))  # what sums are encoded in has no part of 512 columns
         message = round_up(max_tokens, 8) * row
         return round_up(2 * 2 * (others + 1) * (message + message // 1024 + 1024), 128)  # heads and flags are less
-    return round_up(2 * 2 * others * max_tokens * (record + 2 * hidden + 4 * choices), 128)
+    return round_up(2 * 2 * others * round_up(max_tokens, 8) * (record + 2 * hidden + 4 * choices), 128)
 
 
 def check_num_sms(call: str, num_sms: int, name: str = "num_sms") -> None:
