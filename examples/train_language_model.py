@@ -221,6 +221,11 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--save-every", type=int, metavar="STEPS", help=f"with --checkpoints; {SAVE_EVERY}")
     parser.add_argument("--resume", type=Path, metavar="CHECKPOINT", help="a step-N of such a folder")
     arguments = parser.parse_args()
+    for option, folder in (("--text", arguments.text), ("--resume", arguments.resume)):
+        if folder is not None and not folder.is_dir():
+            parser.error(f"{option}: there is no folder {folder}")
+    if arguments.large and not torch.cuda.is_available():
+        parser.error("--large: a model of 6.7 billion parameters is for GPUs, and torch sees none; leave it out")
     if arguments.save_every is not None and (arguments.checkpoints is None or arguments.save_every < 1):
         parser.error("--save-every: expected a positive number, and --checkpoints")
     return arguments

@@ -5,6 +5,7 @@ No other module of the package reads os.environ. Only rank processes write it, w
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import logging
 import os
@@ -33,10 +34,10 @@ MAX_TIMEOUT_S = 1_000_000
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= MAX_TIMEOUT_S:
-        raise ValueError(f"expected a number of seconds above 0, at most {MAX_TIMEOUT_S}")
-    return value
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) <= MAX_TIMEOUT_S:
+            return float(text)
+    raise ValueError(f"expected a number of seconds above 0, at most {MAX_TIMEOUT_S}, such as 100")
 
 
 def _one_of(*choices: str) -> Callable[[str], str]:
@@ -52,22 +53,16 @@ def _switch(text: str) -> bool:
     return _one_of("on", "off")(text) == "on"
 
 
-def _megabytes(text: str) -> int | None:
-    if text in ("", "auto"):
-        return None
-    value = int(text)
-    if value < 1:
-        raise ValueError("expected auto, or a whole number of megabytes above 0")
-    return value
+def _whole(what: str, example: str) -> Callable[[str], int | None]:
+    def parse(text: str) -> int | None:
+        if text in ("", "auto"):
+            return None
+        with contextlib.suppress(ValueError):
+            if int(text) >= 1:
+                return int(text)
+        raise ValueError(f"expected auto, or a whole number of {what} above 0, such as {example}")
 
-
-def _ranks(text: str) -> int | None:
-    if text in ("", "auto"):
-        return None
-    value = int(text)
-    if value < 1:
-        raise ValueError("expected auto, or a whole number of ranks above 0")
-    return value
+    return parse
 
 
 def _arch(text: str) -> str | None:
@@ -114,8 +109,8 @@ VARIABLES = (
     Variable(
         "TOKENFERRY_HEAP_MB",
         "auto",
-        "megabytes of GPU memory per group for rows that peers write or read; auto: from the shape",
-        _megabytes,
+        "MiB of GPU memory per group for rows that peers write or read; auto: from the shape",
+        _whole("MiB", "2048"),
     ),
     Variable(
         "TOKENFERRY_LOG",
@@ -134,7 +129,7 @@ VARIABLES = (
         "TOKENFERRY_RANKS_PER_NODE",
         "auto",
         "number of consecutive ranks that form a node; auto: the ranks of a host do",
-        _ranks,
+        _whole("ranks", "8"),
     ),
     Variable(
         "TOKENFERRY_TIMEOUT_S",

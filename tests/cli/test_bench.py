@@ -41,6 +41,17 @@ def test_every_call_is_measured_over_both_transports(both):
     assert len(seen) == len(set(seen))
 
 
+def test_one_rank_is_measured_once(tmp_path):
+    """It has no transport, so that both would be the same."""
+    alone = bench(tmp_path, "--ranks", "1", *ARGS[2:], "--hidden", "64")
+    assert alone.status == 0
+    labels = [(result["label"]["note"], result["label"]["call"]) for result in alone.report["results"]]
+    assert {note for note, _ in labels} == {"none"}
+    assert len(set(labels)) == len(labels)
+    assert "one rank, which has no transport" in alone.output
+    assert "transport shared_memory" not in alone.output
+
+
 def test_every_call_has_the_times_of_both_modes_and_of_its_baseline(both):
     for result in both.report["results"]:
         for times in (result, result["baseline"]):

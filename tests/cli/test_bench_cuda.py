@@ -581,6 +581,25 @@ def test_first_call_of_two_processes():
     assert "warmup: all kernels" in both["second start"]
 
 
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        ([], 2, "the following arguments are required: device"),
+        (["--help"], 0, "The time until the first call of a process is done"),
+        pytest.param(
+            *(["cuda"], 3, "cuda: torch sees no GPU; use cpu"),
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+    ids=["nothing", "--help", "cuda"],
+)
+def test_what_first_call_is_told(words, status, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        first_call.main(words)
+    assert ended.value.code == status
+    assert said in "".join(capsys.readouterr())
+
+
 def test_first_call_that_fails():
     with pytest.raises(OSError, match="ended with"):
         first_call._run("nothing", "/tmp")

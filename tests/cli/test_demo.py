@@ -12,7 +12,7 @@ from tokenferry.demo import train as demo_train
 from tokenferry.demo.compare import GPU_FACTOR, MOVED_ROWS, OTHER_ROUTING, SAME_ROUTING, compare
 from tokenferry.demo.devices import choose
 from tokenferry.demo.train import History
-from tokenferry.errors import ConfigError
+from tokenferry.errors import BackendUnavailable
 
 TINY = ["demo", "--device", "cpu", "--steps", "3", "--ranks", "2"]
 
@@ -107,8 +107,20 @@ def test_the_choice_of_devices(requested, ranks, capabilities, device, chosen, t
 
 @pytest.mark.parametrize("capabilities", [[], [(7, 5)]])
 def test_no_supported_gpu(capabilities):
-    with pytest.raises(ConfigError, match=rf"--device cuda: torch sees {len(capabilities)} GPU\(s\).*use --device cpu"):
+    with pytest.raises(
+        BackendUnavailable, match=rf"--device cuda: torch sees {len(capabilities)} GPU\(s\).*use --device cpu"
+    ):
         choose("cuda", None, capabilities)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_machine_without_gpus_is_no_wrong_command_line(capsys):
+    assert main(["demo", "--device", "cuda"]) == 3
+    assert "tokenferry demo: --device cuda: torch sees 0 GPU(s); use --device cpu" in capsys.readouterr().err
+
+
+def test_one_rank_is_not_ranks():
+    assert choose("cpu", 1, []).text == "device: cpu, 1 rank"
 
 
 def test_a_failing_rank(capsys, monkeypatch):

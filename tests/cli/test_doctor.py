@@ -303,6 +303,17 @@ def test_a_variable_that_cannot_be_read(monkeypatch):
     assert "TOKENFERRY_TIMEOUT_S='soon'" in finding.text
 
 
+def test_nothing_is_tried_in_an_environment_that_cannot_be_read(monkeypatch, any_terminal):
+    """All else would fail for the same reason, and blame the library."""
+    monkeypatch.setenv("TOKENFERRY_HEAP_MB", "2GB")
+    assert main(["doctor", "--no-compile"]) == 1
+    out = " ".join(any_terminal.getvalue().split())
+    assert "TOKENFERRY_HEAP_MB='2GB': expected auto, or a whole number of MiB above 0, such as 2048" in out
+    assert out.endswith("does not work: environment nothing else was tried: correct the variable, and run doctor again")
+    assert "report it" not in out
+    assert "group of one" not in out
+
+
 def test_an_old_torch(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
     finding = doctor._versions()

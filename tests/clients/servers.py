@@ -7,6 +7,7 @@ unpacks their Python files, and prints what worked. Their compiled parts are not
 their layers and `deep_ep`. It runs with the plug-ins on, and beside another package `deep_ep`, which must not be found.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -108,4 +109,6 @@ def main(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]).resolve()))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("folder", type=Path, help="where what is downloaded lies, 1.4 GB")
+    sys.exit(main(parser.parse_args().folder.resolve()))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tokenferry import ExpertGroup, Quantized
-from tokenferry.testing import soak
+from tokenferry.testing import chaos, soak, soak_graphs
 from tokenferry.testing.world import World, WorldError
 
 
@@ -46,6 +46,15 @@ def test_a_soak_finds_a_wrong_row(method):
 def test_the_command(capsys, nodes):
     assert soak.main(["--seconds", "0.2", *nodes, "--seed", "3"]) == 0
     assert f"over {nodes[1]} ranks (cpu)" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("command", [soak, soak_graphs, chaos], ids=lambda module: module.__name__)
+def test_a_machine_without_gpus(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command.main(["--device", "cuda"])
+    assert ended.value.code == 3
+    assert "--device cuda: torch sees no GPU; use --device cpu" in capsys.readouterr().err
 
 
 def fail(rank, pg, plan) -> None:

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from support.example_jobs import refuse_example, run_example, start_example
 
@@ -57,10 +58,18 @@ def test_bfloat16(worlds, whole_run, tool):
     ("arguments", "message"),
     [
         (("--save-every", 2), "expected a positive number, and --checkpoints"),
-        (("--text", "nowhere"), "expected more than 32 bytes in .md and .txt files, got 0"),
+        (("--text", Path(__file__).parents[1] / "nn"), "expected more than 32 bytes in .md and .txt files, got 0"),
+        (("--text", "nowhere"), "--text: there is no folder nowhere"),
+        (("--resume", "step-9"), "--resume: there is no folder step-9"),
         (("--steps", 0), "expected more than the 0 that are done"),
     ],
-    ids=["--save-every", "--text", "--steps"],
+    ids=["--save-every", "--text", "no folder", "--resume", "--steps"],
 )
 def test_what_is_refused(worlds, arguments, message):
     assert message in worlds(2).run(refuse_example, str(PROGRAM), *map(str, arguments))[0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_large_model_is_not_made_on_cpus(worlds):
+    said = worlds(2).run(refuse_example, str(PROGRAM), "--large")[0]
+    assert "--large: a model of 6.7 billion parameters is for GPUs, and torch sees none" in said

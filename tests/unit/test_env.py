@@ -67,7 +67,7 @@ def test_values_are_parsed():
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("TOKENFERRY_TIMEOUT_S", "soon", "could not convert"),
+        ("TOKENFERRY_TIMEOUT_S", "soon", "expected a number of seconds above 0, at most 1000000, such as 100"),
         ("TOKENFERRY_TIMEOUT_S", "0", "above 0"),
         ("TOKENFERRY_TIMEOUT_S", "-1", "above 0"),
         ("TOKENFERRY_TIMEOUT_S", "inf", "at most 1000000"),
@@ -77,8 +77,10 @@ def test_values_are_parsed():
         ("TOKENFERRY_NETWORK", "rdma", "expected one of nccl, nvshmem"),
         ("TOKENFERRY_BACKEND", "", "expected one of auto, cpu, cuda"),
         ("TOKENFERRY_FAST_PATH", "yes", "expected one of on, off"),
-        ("TOKENFERRY_HEAP_MB", "0", "expected auto, or a whole number of megabytes above 0"),
-        ("TOKENFERRY_HEAP_MB", "1.5", "invalid literal"),
+        ("TOKENFERRY_HEAP_MB", "0", "expected auto, or a whole number of MiB above 0, such as 2048"),
+        ("TOKENFERRY_HEAP_MB", "1.5", "expected auto, or a whole number of MiB above 0"),
+        ("TOKENFERRY_HEAP_MB", "2GB", "expected auto, or a whole number of MiB above 0"),
+        ("TOKENFERRY_RANKS_PER_NODE", "two", "expected auto, or a whole number of ranks above 0, such as 8"),
         ("TOKENFERRY_RANKS_PER_NODE", "0", "expected auto, or a whole number of ranks above 0"),
         ("TOKENFERRY_CACHE_DIR", "", "expected a folder"),
         ("TOKENFERRY_ARCH", "ampere", "expected auto, sm_XY for machine code or compute_XY for PTX"),

@@ -10,7 +10,7 @@ from functools import partial
 from tokenferry.bench.core.inputs import ROUTINGS
 from tokenferry.cli import bench_cpu, bench_phases
 from tokenferry.cli.bench_settings import DEFAULTS, NOT_GIVEN, Defaults
-from tokenferry.cli.options import SIZES, one_of, positive, positives
+from tokenferry.cli.options import SIZES, integer, one_of, positive, positives
 from tokenferry.cli.output import add_json, output_folder
 from tokenferry.cli.parser import EPILOG, HelpFormatter
 from tokenferry.cli.screen import Screen
@@ -120,7 +120,7 @@ def _add_sizes(parser: argparse.ArgumentParser, name: str, part: Part) -> None:
     parser.add_argument(
         "--iterations", type=positive, default=ITERATIONS, help=f"iterations that count (default: {ITERATIONS})"
     )
-    parser.add_argument("--seed", type=int, help="seed of the inputs (default: another one each time)")
+    parser.add_argument("--seed", type=integer, help="seed of the inputs (default: another one each time)")
 
 
 def _default(part: str, value: Callable[[Defaults], object]) -> str:

@@ -34,12 +34,9 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     screen.line(
         f"{settings.sizes(settings.tokens[0])} bfloat16, {settings.iterations} iterations, {threads} thread(s) a rank"
     )
-    transports: tuple[TransportName, ...] = (
-        ("shared_memory", "process_group") if args.transport == "both" else (args.transport,)
-    )
     try:
         with World(settings.ranks, timeout_s=JOB_TIMEOUT_S, threads=threads) as world:
-            for transport in transports:
+            for transport in _transports(args.transport, settings.ranks):
                 _measure(world, report, transport, screen)
     except WorldError as error:
         screen.line(f"{explain(error)}\nno time is printed", style="bold red")
@@ -59,9 +56,16 @@ def _settings(args: argparse.Namespace) -> Settings:
     return replace(common_settings(args), runs=RUNS)
 
 
+def _transports(option: str, ranks: int) -> tuple[TransportName, ...]:
+    """Return the transports to measure; a group of one rank has none, so that it is measured once."""
+    both: tuple[TransportName, ...] = ("shared_memory", "process_group")
+    return ("auto",) if ranks == 1 else tuple(one for one in both if option in ("both", one))
+
+
 def _measure(world: World, report: Report, transport: TransportName, screen: Screen) -> None:
     before = len(report.results)
-    with screen.progress(f"transport {transport}", 1 + len(calls_for(report.settings))) as advance:
+    title = f"transport {transport}" if report.settings.ranks > 1 else "one rank, which has no transport"
+    with screen.progress(title, 1 + len(calls_for(report.settings))) as advance:
 
         def take(item: dict[str, Any]) -> None:
             if "now" in item:
@@ -73,5 +77,5 @@ def _measure(world: World, report: Report, transport: TransportName, screen: Scr
         world.run_with_progress(in_session, report.settings, measure, on_item=take)
     screen.line(f"checked: {CPU_NOTES['checked']}")
     rows = tables.baseline_rows(report.results[before:])
-    screen.table(f"transport {transport}", tables.BASELINE_HEADER, rows)
+    screen.table(title, tables.BASELINE_HEADER, rows)
     screen.line()

@@ -18,7 +18,7 @@ from tokenferry.demo import devices as demo_devices
 from tokenferry.demo import plot as demo_plot
 from tokenferry.demo.compare import Verdict, compare
 from tokenferry.demo.train import History, Options, load_text, train_dense, train_sharded
-from tokenferry.errors import ConfigError
+from tokenferry.errors import ConfigError, several
 from tokenferry.testing.world import World, WorldError
 
 DESCRIPTION = """\
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
 
 def _train_sharded(options: Options, screen: Screen) -> History:
     threads = threads_for(options.ranks)
-    screen.line(f"{options.ranks} ranks on {num_cores()} cores, {threads} thread(s) each, starting ...")
+    screen.line(f"{several(options.ranks, 'rank')} on {num_cores()} cores, {threads} thread(s) each, starting ...")
     with (
         World(options.ranks, devices=options.device, timeout_s=JOB_TIMEOUT_S, threads=threads) as world,
         screen.progress("training", options.steps) as advance,
@@ -133,7 +133,7 @@ def _train_dense(options: Options, screen: Screen) -> History:
 def _print_summary(verdict: Verdict, sharded: History, dense: History, screen: Screen) -> None:
     total = sum(sharded.step_s)
     screen.line(
-        f"loss: {sharded.losses[0]:.4f} -> {sharded.losses[-1]:.4f} over {sharded.ranks} ranks, "
+        f"loss: {sharded.losses[0]:.4f} -> {sharded.losses[-1]:.4f} over {several(sharded.ranks, 'rank')}, "
         f"{dense.losses[0]:.4f} -> {dense.losses[-1]:.4f} in one process"
     )
     screen.line(

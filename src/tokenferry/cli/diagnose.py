@@ -18,7 +18,7 @@ from tokenferry.bench.report import about
 from tokenferry.bench.report.heatmap import plot_waits
 from tokenferry.bench.report.plots import need_matplotlib
 from tokenferry.cli.failure import explain, status
-from tokenferry.cli.options import SIZES, positive
+from tokenferry.cli.options import SIZES, integer, positive
 from tokenferry.cli.output import add_json, output_folder, write_json
 from tokenferry.cli.screen import Screen
 from tokenferry.cli.trace import make_sizes
@@ -52,9 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         option, text = f"--{name.replace('_', '-')}", f"{SIZES[name]} (default: {cpu}; on GPUs {cuda})"
         parser.add_argument(option, type=positive, help=text)
     parser.add_argument("--iterations", type=positive, default=50, help="iterations that count (default: 50)")
-    parser.add_argument("--slow-rank", type=int, metavar="RANK", help="a rank that is busy before each iteration")
+    parser.add_argument("--slow-rank", type=integer, metavar="RANK", help="a rank that is busy before each iteration")
     parser.add_argument("--slow-us", type=positive, metavar="US", help="for how many microseconds")
-    parser.add_argument("--seed", type=int, help="seed of the inputs (default: another one each time)")
+    parser.add_argument("--seed", type=integer, help="seed of the inputs (default: another one each time)")
     add_json(parser)
     parser.add_argument(
         "--plot", type=output_folder, metavar="FOLDER", help="write waits.png into FOLDER; needs matplotlib"

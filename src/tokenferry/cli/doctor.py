@@ -33,6 +33,7 @@ PACKAGES = {"rich": ("colours and progress bars", "cli"), "matplotlib": ("plots"
 RANKS = 2
 RANKS_PER_NODE = 2
 NODES_REMEDY = "see the lines about transports above"
+ENVIRONMENT = "environment"
 WIDTH = 25
 """Of the names of findings: that of the longest variable."""
 
@@ -62,6 +63,8 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     failed = [finding.name for finding in found if finding.required and not finding.passed]
     screen.line()
     screen.line(f"does not work: {', '.join(failed)}" if failed else "tokenferry works on this machine")
+    if ENVIRONMENT in failed:
+        screen.line("nothing else was tried: correct the variable, and run doctor again")
     if args.json is not None:
         report = {"schema": 1, **about.about(args.command_line), "works": not failed}
         write_json({**report, "findings": [asdict(finding) for finding in found]}, args.json, screen)
@@ -84,9 +87,12 @@ def _run_job(screen: Screen) -> int:
 
 
 def findings(*, compiler: bool) -> Iterator[Finding]:
-    """Run all checks in turn."""
+    """Run all checks in turn; none but the first ones if a variable of the environment is wrong."""
     yield _versions()
-    yield from _variables()
+    for finding in _variables():
+        yield finding
+        if not finding.passed:
+            return  # all else would fail for the same reason
     yield _group_of_one()
     yield _group_of_defaults()
     yield from _ranks()
@@ -111,7 +117,7 @@ def _variables() -> Iterator[Finding]:
     try:
         settings = env.read()
     except ConfigError as error:
-        yield Finding("environment", False, str(error), required=True)
+        yield Finding(ENVIRONMENT, False, str(error), required=True)
         return
     for variable in env.VARIABLES:
         value = getattr(settings, variable.name.removeprefix("TOKENFERRY_").lower())

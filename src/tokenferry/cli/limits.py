@@ -15,7 +15,7 @@ from tokenferry.cli.failure import explain, status
 from tokenferry.cli.options import SIZES, positive
 from tokenferry.cli.output import add_json, output_folder, write_json
 from tokenferry.cli.screen import Screen
-from tokenferry.errors import ConfigError
+from tokenferry.errors import ConfigError, several
 from tokenferry.testing.world import World, WorldError
 
 DESCRIPTION = """\
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     if args.plot is not None:
         need_matplotlib()
     gpus = find_gpus()
-    screen.line(f"{gpus.line()}, {ranks} ranks")
+    screen.line(f"{gpus.line()}, {several(ranks, 'rank')}")
     for line in about.lines(args.command_line):
         screen.line(line, whole=line.startswith("command: "))
     settings = LimitSettings(runs=args.runs, seed=secrets.randbits(31))
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     if args.json is not None:
         write_json(as_json(limits, settings, gpus, args.command_line), args.json, screen)
     if args.plot is not None:
-        for file in plot_limits(limits, args.plot, f"{gpus.line()}, {ranks} ranks"):
+        for file in plot_limits(limits, args.plot, f"{gpus.line()}, {several(ranks, 'rank')}"):
             screen.line(f"written: {file}")
     return 0
 
@@ -87,11 +87,11 @@ def show(limits: Limits, screen: Screen) -> None:
     header = ["SMs", *(f"{kind} {size} B" for kind, size in kinds)]
     counts = sorted({rate.num_sms for rate in limits.rates})
     rows = [[str(count), *(_rate(limits.at(kind, count, size)) for kind, size in kinds)] for count in counts]
-    screen.table(f"GB/s, every rank at once, {limits.num_ranks} ranks", header, rows)
+    screen.table(f"GB/s, every rank at once, {several(limits.num_ranks, 'rank')}", header, rows)
     screen.line(f"{BYTES}; every row was compared")
     if limits.flag_us is not None and limits.barrier_us is not None:
         screen.line(f"flag, one way: {limits.flag_us:.2f} us")
-        screen.line(f"barrier of {limits.num_ranks} ranks: {limits.barrier_us:.2f} us")
+        screen.line(f"barrier of {several(limits.num_ranks, 'rank')}: {limits.barrier_us:.2f} us")
     best = {kind: limits.best(kind) for kind in ("store", "load", "copy")}
     screen.line(f"best: store {best['store']:.0f}, load {best['load']:.0f}, local copy {best['copy']:.0f} GB/s")
 

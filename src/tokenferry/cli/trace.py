@@ -24,10 +24,10 @@ from tokenferry.bench.profile.timeline import (
 )
 from tokenferry.bench.report import about
 from tokenferry.cli.failure import explain, status
-from tokenferry.cli.options import SIZES, check_experts, check_fp8, positive, seed_of
+from tokenferry.cli.options import SIZES, check_experts, check_fp8, integer, positive, seed_of
 from tokenferry.cli.output import output_file, write_json
 from tokenferry.cli.screen import Screen
-from tokenferry.errors import ConfigError, page_place
+from tokenferry.errors import ConfigError, page_place, several
 from tokenferry.testing.world import World, WorldError
 
 DESCRIPTION = """\
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=positive, default=8, help=f"{SIZES['top_k']} (default: 8)")
     parser.add_argument("--experts", type=positive, default=256, help=f"{SIZES['experts']} (default: 256)")
     parser.add_argument("--call", choices=tuple(CALLS), default="pair", help="what to record (default: pair)")
-    parser.add_argument("--seed", type=int, help="seed of the inputs (default: another one each time)")
+    parser.add_argument("--seed", type=integer, help="seed of the inputs (default: another one each time)")
     parser.add_argument(
         "--json",
         type=output_file,
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     """Record, print, write; 1 if a rank failed."""
     sizes = make_sizes(args, args.ranks or min(need_gpus(), 8))
     gpus = find_gpus()
-    screen.line(f"{gpus.line()}, {sizes.ranks} ranks")
+    screen.line(f"{gpus.line()}, {several(sizes.ranks, 'rank')}")
     for line in about.lines(args.command_line):
         screen.line(line, whole=line.startswith("command: "))
     screen.line(str(sizes))

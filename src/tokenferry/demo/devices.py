@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tokenferry.errors import ConfigError
+from tokenferry.errors import BackendUnavailable, several
 from tokenferry.types import BackendName
 
 CPU_RANKS = 4
@@ -47,7 +47,7 @@ def choose(requested: str, ranks: int | None, capabilities: Sequence[tuple[int, 
         capabilities: The compute capability of each GPU.
 
     Raises:
-        ConfigError: ``cuda`` is requested, and a GPU is too old or there is none.
+        BackendUnavailable: ``cuda`` is requested, and a GPU is too old or there is none.
     """
     count, old = len(capabilities), [each for each in capabilities if each < MIN_CAPABILITY]
     why_not = ""
@@ -58,17 +58,17 @@ def choose(requested: str, ranks: int | None, capabilities: Sequence[tuple[int, 
     elif ranks is not None and ranks > count:
         why_not = f"--ranks {ranks} needs one for each rank"
     if requested == "cuda" and (old or not count):
-        raise ConfigError(
+        raise BackendUnavailable(
             f"--device cuda: torch sees {count} GPU(s){f'; {why_not}' if old else ''}; use --device cpu; "
             "run `tokenferry doctor` for details"
         )
     if requested == "cuda" or (requested == "auto" and not why_not):
         ranks = ranks or next(power for power in (8, 4, 2, 1) if power <= count)
         shared = f", sharing {count} GPU(s): slow" if ranks > count else f", one on each of {ranks} GPU(s)"
-        return Placement("cuda", ranks, f"device: cuda, {ranks} ranks{shared}")
+        return Placement("cuda", ranks, f"device: cuda, {several(ranks, 'rank')}{shared}")
     ranks = ranks or CPU_RANKS
     why = f" (auto: torch sees {count} GPU(s); {why_not})" if requested == "auto" else ""
-    return Placement("cpu", ranks, f"device: cpu, {ranks} ranks{why}")
+    return Placement("cpu", ranks, f"device: cpu, {several(ranks, 'rank')}{why}")
 
 
 def _dotted(capability: tuple[int, int]) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tokenferry.bench.report.files import with_folder
 from tokenferry.demo.train import History
+from tokenferry.errors import several
 
 
 def write(path: Path, sharded: History, dense: History) -> bool:
@@ -19,7 +20,7 @@ def write(path: Path, sharded: History, dense: History) -> bool:
     FigureCanvasAgg(figure)
     loss, load = figure.subplots(1, 2)
     steps = range(1, len(sharded.losses) + 1)
-    loss.plot(steps, sharded.losses, linewidth=3, alpha=0.5, label=f"{sharded.ranks} ranks, experts sharded")
+    loss.plot(steps, sharded.losses, linewidth=3, alpha=0.5, label=f"{several(sharded.ranks, 'rank')}, experts sharded")
     loss.plot(steps, dense.losses, linewidth=1, color="black", label="one process, all experts")
     loss.set(xlabel="step", ylabel="loss, nats per byte", title="Loss of both runs")
     loss.legend()

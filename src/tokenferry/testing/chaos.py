@@ -36,7 +36,7 @@ from tokenferry.testing.chaos_judge import PROMPT_S, SLACK_S, Judge
 from tokenferry.testing.chaos_leftovers import descriptors
 from tokenferry.testing.chaos_plan import HARMLESS, LONG_S, Draw, Episode, Fault, Soak, Step
 from tokenferry.testing.chaos_reports import Close, ComeBack, Go, Join, Prepare, Report
-from tokenferry.testing.world import check_nodes
+from tokenferry.testing.world import check_gpus, check_nodes
 
 PREPARE_S = 120.0
 """Seconds for what has no deadline of its own: joining a process group, making inputs, on a busy machine."""
@@ -276,6 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--keep-going", action="store_true", help="run on after a promise was broken")
     args = parser.parse_args(argv)
     check_nodes(parser, args.ranks, args.ranks_per_node)
+    check_gpus(parser, args.device)
     if args.ranks_per_node is not None and (args.transport != "both" or args.device != "cpu"):
         parser.error("--ranks-per-node: nodes of CPUs use both transports; leave out --transport and --device")
     what = Soak(args.seed, args.ranks, args.device, args.transport, args.ranks_per_node)

@@ -28,7 +28,7 @@ from tokenferry.testing.cases import answers
 from tokenferry.testing.compare import same_bits
 from tokenferry.testing.oracle import Oracle
 from tokenferry.testing.soak_cases import Combining, Comparison, Live, draw_case, draw_options, oracle_of, shape_of
-from tokenferry.testing.world import World, WorldError, check_nodes
+from tokenferry.testing.world import World, WorldError, check_gpus, check_nodes
 from tokenferry.types import BackendName, Routing
 
 CHUNK_S = 20.0
@@ -272,6 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: 0)")
     args = parser.parse_args(argv)
     check_nodes(parser, args.ranks, args.ranks_per_node)
+    check_gpus(parser, args.device)
     total = Tally(groups=0)
     start = time.monotonic()
     per_node: int | None = args.ranks_per_node

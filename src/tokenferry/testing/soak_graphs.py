@@ -28,7 +28,7 @@ from torch import Tensor
 from tokenferry.api import ExpertGroup
 from tokenferry.testing.reference import fp8_values, unpacked
 from tokenferry.testing.soak_graphs_reference import AllInputs, Reference, factors
-from tokenferry.testing.world import World, WorldError, check_nodes
+from tokenferry.testing.world import World, WorldError, check_gpus, check_nodes
 from tokenferry.types import BackendName, DecodeDispatched, EncodingName, MoeShape, Numerics, Quantized, Routing, Scale
 
 CHUNK = 2500
@@ -341,6 +341,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--first", type=int, default=0, help="number of the first replay (default: 0)")
     args = parser.parse_args(argv)
     check_nodes(parser, args.ranks, args.ranks_per_node)
+    check_gpus(parser, args.device)
     start, end, checks = time.monotonic(), args.first + args.replays, 0
     per_node: int | None = args.ranks_per_node
     with World(args.ranks, devices=args.device, timeout_s=CHUNK_TIMEOUT_S, ranks_per_node=per_node) as world:

@@ -35,6 +35,12 @@ Progress = Callable[[Mapping[str, object]], None]
 """``progress(item)``: send a small mapping to the program, from within a job of `World.run_with_progress`."""
 
 
+def check_gpus(parser: argparse.ArgumentParser, device: str) -> None:
+    """End the program with status 3, as commands do on a machine that cannot, if ``--device cuda`` finds no GPU."""
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.exit(3, f"{parser.prog}: --device cuda: torch sees no GPU; use --device cpu\n")
+
+
 def check_nodes(parser: argparse.ArgumentParser, num_ranks: int, ranks_per_node: int | None) -> None:
     """End a command with a message if its ``--ranks-per-node`` does not divide its ``--ranks``."""
     if ranks_per_node is not None and (ranks_per_node < 1 or num_ranks % ranks_per_node):

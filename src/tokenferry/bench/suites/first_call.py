@@ -1,16 +1,18 @@
 """The time until the first call of a process is done: a program of its own, run once with no compiled kernels.
 
-``python -m tokenferry.bench.suites.first_call`` prints one JSON line of seconds.
+``python -m tokenferry.bench.suites.first_call cuda`` prints one JSON line of seconds.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -78,6 +80,16 @@ def _synchronize(device: BackendName) -> None:
         torch.cuda.synchronize()
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure on the device that the command line names, and print the seconds."""
+    about = (__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m tokenferry.bench.suites.first_call", description=about)
+    parser.add_argument("device", choices=("cpu", "cuda"), help="the backend")
+    device: BackendName = parser.parse_args(argv).device
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.exit(3, f"{parser.prog}: cuda: torch sees no GPU; use cpu\n")
+    sys.stdout.write(json.dumps(measure(device)) + "\n")
+
+
 if __name__ == "__main__":
-    BACKENDS: dict[str, BackendName] = {"cpu": "cpu", "cuda": "cuda"}
-    sys.stdout.write(json.dumps(measure(BACKENDS[sys.argv[1]])) + "\n")
+    main()
