@@ -6,15 +6,19 @@ import weakref
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.masked import masked_tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import tokenferry
 from support.autograd_ways import always_operators, never_operators, plain_torch
 from support.silent_kernels import NUM_RANKS, SENT_TO_EACH, SilentGroup
 from support.torch_calls import TorchCalls, num_functions
-from tokenferry import DispatchOptions, Layout, MoeShape, Quantized, Routing, Scale, autograd
+from support.wrapped import Mine, Wrapped, distributed
+from tokenferry import ArgumentError, DispatchOptions, Layout, MoeShape, Quantized, Routing, Scale, ShapeError, autograd
 from tokenferry.formats import fp8
+from tokenferry.nn import MoELayer
 from tokenferry.testing.compare import same_bits
 
 SHAPE = MoeShape(num_experts=4, top_k=2, hidden=16, max_tokens=8)
@@ -164,11 +168,114 @@ def test_fake_tensors_outside_of_their_mode(group):
     assert (sent.x.shape, sent.host_counts) == ((8, 16), None)
 
 
-def test_transforms_meet_operators(group):
-    """Which refuse them: results have as many rows as the routing says."""
+def number_of_calls(group):
+    return group._backend._exchange.last_call
+
+
+def test_transforms_that_stand_for_many_tensors(group):
+    """They are refused before anything is sent: a call sends one."""
+    x, weights, topk_idx = (each.detach() for each in inputs(0, 5))
+    sent = autograd.dispatch(group, x, Routing(topk_idx, weights))
+    before = number_of_calls(group)
+    for name, right, call in (
+        ("dispatch: x", x, lambda t: autograd.dispatch(group, t, Routing(topk_idx, weights)).x),
+        ("dispatch: topk_idx", topk_idx, lambda t: autograd.dispatch(group, x, Routing(t, weights)).x),
+        ("dispatch: topk_weights", weights, lambda t: autograd.dispatch(group, x, Routing(topk_idx, t)).x),
+        ("redispatch: x", x, lambda t: autograd.redispatch(group, t, sent.plan).x),
+        ("combine: y", sent.x, lambda t: autograd.combine(group, t, sent.plan).x),
+        (r"combine: bias\[0\]", x, lambda t: autograd.combine(group, sent.x, sent.plan, bias=t).x),
+    ):
+        for transform in (torch.vmap, lambda f: torch.vmap(torch.func.grad(lambda t: f(t).sum()))):
+            if right is topk_idx and transform is not torch.vmap:
+                continue
+            with pytest.raises(ArgumentError, match=rf"^{name}: stands for several tensors"):
+                transform(call)(right[None])
+    assert number_of_calls(group) == before
+
+
+def test_transforms_that_differentiate(group):
+    """They cannot follow operators, and torch says so in words of its own functions."""
+    x, weights, topk_idx = (each.detach() for each in inputs(0, 5))
+    before = number_of_calls(group)
+    for transform in (torch.func.grad, torch.func.jacrev, lambda f: lambda t: torch.func.vjp(f, t)):
+        with pytest.raises(
+            ArgumentError, match=r"^dispatch: x: is to be differentiated by torch\.func, .*autograd\.grad"
+        ):
+            transform(lambda rows: round_trip(group, (rows, weights, topk_idx)).sum())(x)
+    assert number_of_calls(group) == before
+
+
+def linearized(f, x):
+    return torch.func.linearize(f, x)[1](x)
+
+
+FORWARD = {
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
+    "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
+    "linearize": linearized,
+    "jvp of grad": lambda f, x: torch.func.jvp(torch.func.grad(lambda t: f(t).sum()), (x,), (x,)),
+    "jvp of vmap": lambda f, x: torch.func.jvp(torch.vmap(f), (x[None],), (x[None],)),
+    "vmap of jvp": lambda f, x: torch.vmap(lambda t: torch.func.jvp(f, (t,), (t,)))(x[None]),
+    "hessian": lambda f, x: torch.func.hessian(lambda t: f(t).sum())(x),
+    "jacobian": lambda f, x: torch.autograd.functional.jacobian(f, x, strategy="forward-mode", vectorize=True),
+    "compiled jvp": lambda f, x: torch.compile(lambda t: torch.func.jvp(f, (t,), (t,)), backend="eager")(x),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # torch says that some of these are slow, or new
+@pytest.mark.parametrize("kind", FORWARD)
+@pytest.mark.parametrize("what", ["calls", "a layer"])
+def test_derivatives_forward_are_refused(group, kind, what):
+    """They were zeros, without a word."""
+    x, weights, topk_idx = (each.detach() for each in inputs(0, 5))
+    layer = MoELayer(group, 8, router=lambda _: Routing(topk_idx, weights))
+    f = layer if what == "a layer" else lambda rows: round_trip(group, (rows, weights, topk_idx))
+    numbers = []
+
+    def counted(rows):
+        numbers.append(number_of_calls(group))
+        return f(rows)
+
+    with pytest.raises(ArgumentError, match=r"^dispatch: (x|topk_weights): (has a tangent|stands for several)"):
+        FORWARD[kind](counted if "compiled" not in kind else f, x)
+    assert not numbers or numbers[-1] == number_of_calls(group)
+    assert round_trip(group, (x, weights, topk_idx)).isfinite().all()
+
+
+def test_what_has_no_tangent_can_be_called_inside_of_jvp(group):
+    """Such as the calls of a frozen part of a model."""
+    x, weights, topk_idx = (each.detach() for each in inputs(0, 5))
+    want = round_trip(group, (x, weights, topk_idx))
+    _, tangent = torch.func.jvp(lambda t: t * round_trip(group, (x, weights, topk_idx)), (x,), (torch.ones_like(x),))
+    same_bits("tangent", tangent, want)
+
+
+@pytest.mark.parametrize("ways", [never_operators, always_operators])
+def test_tangents_of_gradients_are_refused_in_backward(group, ways):
     x, weights, topk_idx = inputs(0, 5)
-    with pytest.raises(RuntimeError, match="Tensor that doesn't have storage"):
-        torch.func.vmap(lambda rows: round_trip(group, (rows, weights, topk_idx)))(x.detach()[None])
+    with ways():
+        out = round_trip(group, (x, weights, topk_idx))
+    before = number_of_calls(group)
+    with pytest.raises(ArgumentError, match=r"^backward: gradient: has a tangent"):
+        torch.func.jvp(lambda grad: torch.autograd.grad(out, x, grad, retain_graph=True)[0], (out,), (out,))
+    assert number_of_calls(group) == before
+
+
+@pytest.mark.filterwarnings("ignore:.*MaskedTensors is in prototype")
+def test_classes_that_stand_for_others(group):
+    """Operators of torch that are not known to a class raised a bare error; those that torch waits for are."""
+    x, weights, topk_idx = (each.detach() for each in inputs(0, 5))
+    want, before = round_trip(group, (x, weights, topk_idx)), number_of_calls(group)
+    with distributed() as distribute:
+        for make in (Wrapped, distribute, lambda t: masked_tensor(t, torch.ones_like(t, dtype=torch.bool))):
+            for place, name in enumerate(("x", "topk_weights", "topk_idx")):
+                tensors = [x, weights, topk_idx]
+                tensors[place] = make(tensors[place])
+                with pytest.raises(ShapeError, match=f"^dispatch: {name}: expected a tensor with values in memory"):
+                    round_trip(group, tensors)
+    assert number_of_calls(group) == before
+    for harmless in (AsyncCollectiveTensor, torch.nn.Parameter, lambda t: t.as_subclass(Mine)):
+        same_bits("rows", round_trip(group, (harmless(x), weights, topk_idx)).detach().as_subclass(torch.Tensor), want)
 
 
 def test_selective_checkpoints_name_operators(group):

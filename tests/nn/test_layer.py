@@ -191,6 +191,11 @@ def test_leading_dimensions_and_bad_arguments():
     assert [id(p) for p in layer.replicated_parameters()] == [id(layer.router.weight)]
     with pytest.raises(tokenferry.ShapeError, match=r"x: expected torch.float32 like the experts, got torch.float64"):
         layer(x.double())
+    for wrong in (torch.randn(2, 8), torch.randn(2, 3, 17), torch.randn(())):
+        words = rf"x: expected \[..., H\], got {re.escape(str(list(wrong.shape)))}; H=16 was set by the group"
+        for run in (layer, torch.compile(layer, backend="eager")):
+            with pytest.raises(tokenferry.ShapeError, match=words):
+                run(wrong)
     with pytest.raises(tokenferry.CapacityError, match="T=7 rows exceed max_tokens=6"):
         layer(torch.randn(7, 16))
     with pytest.raises(tokenferry.ConfigError, match="ffn_hidden: expected a positive integer, got 0"):

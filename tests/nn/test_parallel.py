@@ -205,6 +205,12 @@ def test_what_parallelize_keeps(worlds):
     worlds(2).run(jobs.kept_by_parallelize)
 
 
+def test_experts_are_looked_after_once(worlds):
+    """Programs call `parallelize` again, and each load would ask as often."""
+    for counts in worlds(2).run(jobs.prepared_again):
+        assert set(counts) == {1}
+
+
 def test_what_was_to_be_ignored_before_still_is(worlds):
     assert worlds(2).run(jobs.ignored_before) == [0.0, 1.0]
 

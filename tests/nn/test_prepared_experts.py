@@ -1,11 +1,14 @@
 """What `parallelize` makes of experts that came late, have no values yet, or keep gradients in another dtype."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.experimental import implicit_replication
 from torch.nn.parallel import DistributedDataParallel
 
 import tokenferry
@@ -218,3 +221,50 @@ def test_gradients_have_the_dtype_that_was_asked_for(worlds):
                 got[name].float(), value.float(), rtol=0.02, atol=0.02 * value.abs().max().item()
             )
         assert torch.equal(got["unscaled"], got["clipped"] / 4)
+
+
+def scaled_apart(rank: int, pg: dist.ProcessGroup, where: int) -> list[float]:
+    """Return the scales of two steps, of which the second has an infinity in the experts of one rank alone."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "experts"))
+    scaler, scales = GradScaler("cpu", init_scale=16.0), []
+    with tokenferry.ExpertGroup(mesh["experts"].get_group(), SHAPE, backend="cpu") as group:
+        layer = MoELayer(group, 8)
+        parallelize(layer, replicate=mesh["replicate"])
+        model = DistributedDataParallel(layer)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        before = [p.detach().clone() for p in layer.expert_parameters()]
+        for step in range(2):
+            optimizer.zero_grad()
+            scaler.scale(model(rows_of(rank).float()).square().sum()).backward()
+            if step and rank == where:
+                layer.experts.gate.grad.to_local()[0, 0, 0] = torch.inf
+            scaler.unscale_(optimizer)
+            if step:
+                with implicit_replication():
+                    scaler.step(optimizer)
+            scaler.update()
+            scales.append(scaler.get_scale())
+        assert all(
+            torch.equal(p.to_local(), b.to_local()) for p, b in zip(layer.expert_parameters(), before, strict=True)
+        )
+    return scales
+
+
+@pytest.mark.parametrize("where", [0, 3])
+def test_ranks_with_the_same_experts_scale_alike(worlds, where):
+    assert worlds(4).run(scaled_apart, where) == [[16.0, 8.0]] * 4
+
+
+def collectives_of_a_scaler(rank: int, pg: dist.ProcessGroup) -> int:
+    """Return how often ranks that have told nothing of replicas reduce."""
+    with tokenferry.ExpertGroup(pg, SHAPE, backend="cpu") as group:
+        layer, scaler = MoELayer(group, 8), GradScaler("cpu", init_scale=16.0)
+        optimizer = torch.optim.SGD(layer.expert_parameters(), lr=0.1)
+        scaler.scale(layer(rows_of(rank).float()).square().sum()).backward()
+        with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduce:
+            scaler.unscale_(optimizer)
+        return reduce.call_count
+
+
+def test_scalers_reduce_once_without_replicas(worlds):
+    assert worlds(2).run(collectives_of_a_scaler) == [1, 1]

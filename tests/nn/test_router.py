@@ -257,6 +257,16 @@ def test_bad_calls_say_what_is_wrong(call, error, message):
         call()
 
 
+def test_a_limit_of_groups_says_why_a_token_may_choose_no_more():
+    why = "expected 1 .. 2, got 4: 2 of 4 groups have 2 of the 4 experts; choose fewer experts, or allow more groups"
+    with pytest.raises(tokenferry.ConfigError, match=re.escape(f"Router: top_k: {why}")):
+        Router(16, 4, 4, group_limit=GroupLimit(4, 2))
+    with pytest.raises(tokenferry.ConfigError, match=re.escape(f"group_limited_topk: top_k: {why}")):
+        group_limited_topk(torch.zeros(2, 4), 4, GroupLimit(4, 2))
+    with pytest.raises(tokenferry.ConfigError, match=r"top_k: expected 1 \.\. 4, got 5$"):
+        Router(16, 4, 5, group_limit=GroupLimit(2, 2))
+
+
 @pytest.mark.parametrize("top_k", [0, 5, 2.0, "2", True])
 def test_a_number_of_experts_that_is_none(top_k):
     with pytest.raises(tokenferry.ConfigError, match=re.escape(f"top_k: expected 1 .. 4, got {top_k!r}")):

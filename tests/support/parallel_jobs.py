@@ -1,5 +1,6 @@
 """Jobs about what `parallelize` is for, and what happens without it."""
 
+import copy
 from functools import partial
 from typing import Any
 
@@ -184,6 +185,16 @@ def kept_by_parallelize(rank: int, pg: dist.ProcessGroup) -> None:
             if "experts" in name:
                 close = torch.allclose(whole(p.grad), before[name], rtol=1e-5, atol=1e-7)
                 assert close, f"{name}: an expert that two layers share is in DistributedDataParallel's reducer"
+
+
+def prepared_again(rank: int, pg: dist.ProcessGroup) -> list[int]:
+    """Return how many hooks look at what is loaded into each part of the experts."""
+    with open_group(pg) as group:
+        model = Model(group, torch.float32)
+        for name in ("one", "other"):
+            parallelize(model, init_device_mesh("cpu", (pg.size(),), mesh_dim_names=(name,)))
+            model = copy.deepcopy(model)
+        return [len(part._load_state_dict_pre_hooks) for layer in model.moe for part in layer.experts.modules()]
 
 
 def ignored_before(rank: int, pg: dist.ProcessGroup) -> float:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from tokenferry.ambient import not_compiled
 from tokenferry.api import ExpertGroup
-from tokenferry.errors import ConfigError
+from tokenferry.errors import ArgumentError, ConfigError, ShapeError
 
 CHECKPOINTED = (
     "MoELayer: experts: torch's {what} would repeat them in backward without the parameters of this rank; wrap the "
     "layer, or use LayerOptions(checkpoint_experts=True)"
+)
+LOST = (
+    "and may have given every rank the experts of rank 0; load them again, and use "
+    "DistributedDataParallel(model) after parallelize(model), or replicate(model, ignored_modules=[layer.experts]), "
+    "with process_group= instead of a slice of a mesh"
 )
 _REENTRANT = "CheckpointFunctionBackward"
 """The node of a checkpoint with ``use_reentrant=True``, of torch and of libraries that have copied it."""
@@ -62,12 +68,52 @@ def refuse_unequal(names: str) -> None:
 
 
 @not_compiled
-def refuse_late(name: str) -> None:
-    """Raise ConfigError, since a parameter came when the others had become DTensors."""
+def refuse_width(x: Tensor, hidden: int) -> None:
+    """Raise ShapeError, since these are no rows of the group. Before the router, whose error would be torch's."""
+    raise ShapeError(
+        f"MoELayer: x: expected [..., H], got {list(x.shape)}; H={hidden} was set by the group: pass rows of {hidden} "
+        "numbers"
+    )
+
+
+def check_transforms() -> None:
+    """Raise ArgumentError inside of torch.func and torch.vmap, which cannot take a part of a DTensor. Local."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise ArgumentError(
+            "MoELayer: experts: transforms of torch.func, and torch.vmap, do not work with experts that are spread "
+            "over ranks; use torch.autograd.grad or .backward()"
+        )
+
+
+@not_compiled
+def refuse_replaced(experts: nn.Module) -> None:
+    """Raise ConfigError if experts have DTensors that are no parameters any more. Local.
+
+    torch makes such of what it took for tensors of tensor parallelism.
+    """
+    for place, part in experts.named_modules():
+        for name, value in vars(part).items():
+            if hasattr(value, "device_mesh") and isinstance(value, Tensor):
+                raise ConfigError(
+                    f"MoELayer: experts: {place + '.' if place else ''}{name} is no parameter any more, since a tool "
+                    f"has replaced it, as torch's replicate does with a slice of a mesh, {LOST}"
+                )
+
+
+@not_compiled
+def refuse_late(name: str, parameter: Tensor) -> None:
+    """Raise ConfigError, since a parameter is no DTensor, as it is if it came when the others had become some."""
+    _check_plain(name, parameter)
     raise ConfigError(
         f"MoELayer: experts: {name} is no DTensor as the others are, since it came after the layer was made; register "
         "it before that, or call parallelize(model, mesh) afterwards"
     )
+
+
+def _check_plain(name: str, parameter: Tensor) -> None:
+    """Raise ConfigError for a plain parameter that was a DTensor: torch has noted there what it would make of it."""
+    if hasattr(parameter, "_st_info"):
+        raise ConfigError(f"MoELayer: experts: a tool has made plain tensors of them, such as {name}, {LOST}")
 
 
 def buffers_by_expert(group: ExpertGroup, experts: nn.Module) -> dict[str, Tensor]:
@@ -87,6 +133,7 @@ def check_experts(group: ExpertGroup, experts: nn.Module) -> None:
     saved, names = set(experts.state_dict()), dict[nn.Parameter, str]()
     for name, parameter in experts.named_parameters(remove_duplicate=False):
         saved.discard(name)
+        _check_plain(name, parameter)
         if names.setdefault(parameter, name) != name:
             raise ConfigError(
                 f"MoELayer: experts: {names[parameter]} and {name} are one parameter; keep one of the names, and use "

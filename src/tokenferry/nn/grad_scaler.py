@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tokenferry.nn.balance.sharers import layers
 from tokenferry.nn.sharding import local_with_gradient
 
 
@@ -20,8 +21,9 @@ class GradScaler(torch.amp.GradScaler):
 
     Contract:
         Collective: `unscale_`, and `step` unless `unscale_` came before, over the ranks of all experts among the
-            parameters of the optimizer. An infinity or NaN in a gradient of one rank makes all of them leave the step
-            out, and `update` lowers the scale of all alike.
+            parameters of the optimizer, and over those that hold the same experts, if `parallelize` was told. An
+            infinity or NaN in a gradient of one rank makes all of them leave the step out, and `update` lowers the
+            scale of all alike.
         Gradients: those of replicated parameters have to be averaged over the ranks before, as always.
     """
 
@@ -43,6 +45,16 @@ class GradScaler(torch.amp.GradScaler):
 
 
 def _process_groups(parameters: list[Any]) -> list[dist.ProcessGroup]:
-    """Return those over which parameters are sharded, in the order of the parameters, which is that of all ranks."""
+    """Return those over which parameters are sharded, then those that hold the same experts.
+
+    In the order of the parameters, which is that of all ranks.
+    """
     meshes = (p.device_mesh for p in parameters if hasattr(p, "device_mesh"))
-    return list(dict.fromkeys(group for mesh in meshes for group in mesh.get_all_groups()))
+    same = {
+        parameter: layer.same_experts.group
+        for layer in layers()
+        if layer.same_experts is not None and layer.group.num_ranks > 1
+        for parameter in layer.expert_parameters()
+    }
+    found = [group for mesh in meshes for group in mesh.get_all_groups()]
+    return list(dict.fromkeys([*found, *(same[p] for p in parameters if p in same)]))

@@ -14,11 +14,21 @@ from tokenferry.ambient import not_compiled
 from tokenferry.api import ExpertGroup
 from tokenferry.autograd.local_parts import trained_part
 from tokenferry.errors import ConfigError, ShapeError
+from tokenferry.nn.balance.loading import refuse_half_state
 from tokenferry.nn.balance.placement import Placement
 from tokenferry.nn.balance.replicas import share_gradients
 from tokenferry.nn.balance.routing import PlacedRouter
 from tokenferry.nn.balance.sharers import remember
-from tokenferry.nn.expert_checks import check_experts, check_graph, check_wrappers, refuse_late, refuse_unequal
+from tokenferry.nn.expert_checks import (
+    check_experts,
+    check_graph,
+    check_transforms,
+    check_wrappers,
+    refuse_late,
+    refuse_replaced,
+    refuse_unequal,
+    refuse_width,
+)
 from tokenferry.nn.experts import SeededExperts, SwiGLUExperts
 from tokenferry.nn.options import LayerOptions
 from tokenferry.nn.precision import NARROW, autocast_dtype
@@ -146,6 +156,7 @@ class MoELayer(nn.Module):
         self._load: Tensor | None = None
         self._load_by: Placement | None = None
         self._earlier: list[tuple[list[int], Tensor]] = []
+        self.register_load_state_dict_pre_hook(refuse_half_state)  # type: ignore[no-untyped-call]
         remember(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -157,12 +168,15 @@ class MoELayer(nn.Module):
         """Send each token of ``x`` ``[..., H]``, at most M tokens, through its experts; return ``[..., H]``.
 
         Raises:
-            ShapeError: without autocast, the dtype is neither that of the experts nor a narrow one for float32 experts;
-                the shared module or the experts return other than a row for each row; or the router returns no weights.
-                And whatever `ExpertGroup.dispatch` raises.
+            ShapeError: the last dimension is not H; without autocast, the dtype is neither that of the experts nor a
+                narrow one for float32 experts; the shared module or the experts return other than a row for each row;
+                or the router returns no weights. And whatever `ExpertGroup.dispatch` raises.
             ConfigError: parameters came after the layer was made, and `parallelize` has not seen them; they had no
-                values when it did; or backward would repeat a part of the experts.
+                values when it did; a tool has replaced them; or backward would repeat a part of the experts.
+            ArgumentError: experts are spread over ranks, and torch.func or torch.vmap would transform the layer.
         """
+        if x.ndim == 0 or x.shape[-1] != self.group.shape.hidden:
+            refuse_width(x, self.group.shape.hidden)
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         cast, parameters = self._cast(rows)
         shared = None if self.shared is None else self.shared(rows)
@@ -316,7 +330,9 @@ class MoELayer(nn.Module):
         """
         shard_parameters(self.experts, mesh, known)
         for part in self.experts.modules():  # of which each can be loaded by itself
-            part.register_load_state_dict_pre_hook(_refuse_other_experts)  # type: ignore[no-untyped-call]
+            hooks = part._load_state_dict_pre_hooks.values()  # a copy of a module has them as well
+            if all(getattr(hook, "hook", hook) is not _refuse_other_experts for hook in hooks):
+                part.register_load_state_dict_pre_hook(_refuse_other_experts)  # type: ignore[no-untyped-call]
         self._sharded = True
 
     def _local_experts(self) -> dict[str, Tensor]:
@@ -327,9 +343,13 @@ class MoELayer(nn.Module):
         weights: dict[str, Any] = dict(self.experts.named_parameters())
         if not self._sharded:
             return weights
+        if not torch.compiler.is_compiling():
+            check_transforms()
+            if not weights:
+                refuse_replaced(self.experts)
         late = not_sharded(weights)
         if late:
-            refuse_late(late[0])
+            refuse_late(late[0], weights[late[0]])
         return {name: trained_part(weight) for name, weight in weights.items()}
 
     def expert_parameters(self) -> list[nn.Parameter]:

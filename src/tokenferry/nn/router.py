@@ -128,7 +128,7 @@ def group_limited_topk(
     call = "group_limited_topk"
     num_experts, num_groups, top_groups = _num_experts(call, logits), limit.num_groups, limit.top_groups
     width = _group_width(call, num_experts, limit)
-    _in_range(call, "top_k", top_k, top_groups * width)
+    _in_range(call, "top_k", top_k, top_groups * width, _why_no_more(num_experts, limit))
     if bias is not None and bias.shape != (num_experts,):
         raise ShapeError(f"{call}: bias: expected [E] = [{num_experts}], got {list(bias.shape)}; one number per expert")
     scores = _wide(logits).sigmoid()
@@ -211,10 +211,11 @@ class Router(nn.Module):
         if group_limit is not None and not isinstance(group_limit, GroupLimit):
             got = type(group_limit).__name__
             raise ConfigError(f"Router: group_limit: expected a tokenferry.nn.GroupLimit or None, got {got}")
-        most = num_experts
+        most, why = num_experts, ""
         if group_limit is not None:
             most = group_limit.top_groups * _group_width("Router", num_experts, group_limit)
-        _in_range("Router", "top_k", top_k, most)
+            why = _why_no_more(num_experts, group_limit)
+        _in_range("Router", "top_k", top_k, most, why)
         if group_limit is None and scale != 1.0:
             raise ConfigError(
                 f"Router: scale={scale} needs group_limit, e.g. GroupLimit(1, 1); softmax weights are not scaled"
@@ -373,6 +374,17 @@ def _check_size(call: str, name: str, value: int) -> None:
         raise ConfigError(f"{call}: {name}: expected a positive integer, got {value!r}")
 
 
-def _in_range(call: str, name: str, value: int, high: int) -> None:
+def _why_no_more(num_experts: int, limit: GroupLimit) -> str:
+    """Return why a token may choose no more experts, for messages; empty if the groups do not limit it."""
+    if limit.top_groups == limit.num_groups:
+        return ""
+    open_experts = limit.top_groups * (num_experts // limit.num_groups)
+    return (
+        f": {limit.top_groups} of {limit.num_groups} groups have {open_experts} of the {num_experts} experts; choose "
+        "fewer experts, or allow more groups"
+    )
+
+
+def _in_range(call: str, name: str, value: int, high: int, why: str = "") -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= high:
-        raise ConfigError(f"{call}: {name}: expected 1 .. {high}, got {value!r}")
+        raise ConfigError(f"{call}: {name}: expected 1 .. {high}, got {value!r}{why}")

@@ -92,7 +92,10 @@ def rebalance(layer: MoELayer, placement: Placement, *, optimizer: torch.optim.O
         tensors += _buffers_of(layer)
     except TokenferryError as found:
         error = found
-    _move(layer.group, tensors, old, new, error)
+    try:
+        _move(layer.group, tensors, old, new, error)
+    finally:
+        del error  # it holds this frame, and it the tensors, until the collector comes
     router.place(new)
 
 
@@ -116,22 +119,25 @@ def move_experts(group: ExpertGroup, tensors: Sequence[Tensor], old: Placement, 
     _move(group, tensors, old, new, None)
 
 
-@torch.no_grad()
 def _move(
     group: ExpertGroup, tensors: Sequence[Tensor], old: Placement, new: Placement, error: TokenferryError | None
 ) -> None:
     parts: list[Tensor] = []
-    try:
-        if error is None:
-            parts = _checked(group, tensors, old, new)
-    except TokenferryError as found:
-        error = found
-    _agree(group, "" if error is not None else f"{[(part.shape, part.dtype) for part in parts]}", old, new)
-    if error is not None:
-        raise error
-    moves = list(_moves(old, new, node_of_ranks(group.topology.nodes)))
-    for part in parts:
-        _move_part(group, part, moves)
+    with torch.no_grad():  # not as a decorator, whose frame would hold the error
+        try:
+            if error is None:
+                parts = _checked(group, tensors, old, new)
+        except TokenferryError as found:
+            error = found
+        _agree(group, "" if error is not None else f"{[(part.shape, part.dtype) for part in parts]}", old, new)
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error  # as above
+        moves = list(_moves(old, new, node_of_ranks(group.topology.nodes)))
+        for part in parts:
+            _move_part(group, part, moves)
 
 
 def _buffers_of(layer: MoELayer) -> list[Tensor]:

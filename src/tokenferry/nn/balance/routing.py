@@ -233,7 +233,12 @@ class PlacedRouter(nn.Module):
         return self._slots
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Use the placement of a state dict."""
+        """Use the placement of a state dict.
+
+        Where a full state has none, and need not, torch.distributed.checkpoint passes a mark of its own.
+        """
+        if type(state).__name__ == "_EXTRA_STATE":
+            return
         self.place(Placement.of(state, self._map._own.num_ranks))
 
 

@@ -17,8 +17,13 @@ _layers: weakref.WeakSet[MoELayer] = weakref.WeakSet()
 
 
 def remember(layer: MoELayer) -> None:
-    """Make a layer known to `check_sharers`, for as long as it lives."""
+    """Make a layer known to `layers`, for as long as it lives."""
     _layers.add(layer)
+
+
+def layers() -> list[MoELayer]:
+    """Return the layers of this process, in any order."""
+    return list(_layers)
 
 
 def check_sharers(layer: MoELayer) -> None:
@@ -27,7 +32,7 @@ def check_sharers(layer: MoELayer) -> None:
     It has some of its experts and another router, or its router and other experts. One that has both goes along.
     """
     mine = _moved(layer)
-    for other in list(_layers):
+    for other in layers():
         theirs = _moved(other)
         wanted = mine | theirs if other.router is layer.router else set()
         if other is not layer and mine & theirs != wanted:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tokenferry.errors import ArgumentError, ConfigError, ShapeError
+from tokenferry.errors import ArgumentError, ConfigError, ShapeError, several
 from tokenferry.nn.balance.packing import Packing, best_packing, highest, improved
 from tokenferry.nn.balance.placement import Placement, check_divides
 
@@ -101,10 +101,13 @@ def _check_sizes(num_experts: int, num_slots: int, num_ranks: int, num_groups: i
         raise ConfigError(
             f"balance: num_groups={num_groups}: expected a multiple of {num_nodes} nodes that divides E={num_experts}"
         )
-    if not num_experts <= num_slots <= num_ranks * (num_experts // num_nodes):
+    most = num_ranks * (num_experts // num_nodes)
+    if not num_experts <= num_slots <= most:
+        counts = f"{several(num_ranks, 'rank')} on {several(num_nodes, 'node')} and E={num_experts} experts"
+        use = f"{most}" if most == num_experts else f"{num_experts} to {most}"
         raise ConfigError(
-            f"balance: num_slots={num_slots}: expected at least E={num_experts}, and at most one slot a rank for each "
-            f"expert of its node, {num_ranks * (num_experts // num_nodes)}"
+            f"balance: num_slots={num_slots}: with {counts} use {use}; each expert has at least one slot, and at most "
+            "one on each rank of its node"
         )
 
 
