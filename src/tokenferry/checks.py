@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,17 @@ ROW_BYTES_MULTIPLE = 16
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INDICES = (torch.int64, torch.int32)
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
+_JVP = torch._C._functorch.TransformType.Jvp
+_functorch: Any = torch._C._functorch
+_unpack_dual: Any = forward_ad.unpack_dual
+_IS_PLAIN = torch._C._disabled_torch_dispatch_impl
+"""``__torch_dispatch__`` of tensors with memory of their own, subclasses such as Parameter among them."""
+_INSTEAD_OF_WRAPPERS = {
+    "DTensor": "call .to_local() or .full_tensor()",
+    "MaskedTensor": "call .to_tensor(0)",
+    "AsyncCollectiveTensor": "call .wait()",
+}
+_KNOW_OPERATORS = {"FakeTensor", "FunctionalTensor", "AsyncCollectiveTensor"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +83,24 @@ class Checks:
         return self
 
     def tensor(
-        self, name: str, value: object, dims: str, dtypes: Sequence[torch.dtype] | None, *, contiguous: bool = True
+        self,
+        name: str,
+        value: object,
+        dims: str,
+        dtypes: Sequence[torch.dtype] | None,
+        *,
+        contiguous: bool = True,
+        or_else: str = "",
     ) -> Tensor:
         """Check that ``value`` is a tensor of shape ``dims``, e.g. ``"T H"``; record letters not seen before.
+
+        Args:
+            name: Name of the argument.
+            value: What was passed for it.
+            dims: A letter for each dimension.
+            dtypes: Those that it may have; None: any.
+            contiguous: Whether it has to be contiguous.
+            or_else: What else can be done about another dtype than to cast, for messages.
 
         Raises:
             ShapeError: names the argument, what was expected and found, what set a size, and the remedy.
@@ -87,7 +114,7 @@ class Checks:
             or (dtypes is not None and value.dtype not in dtypes)
             or value.ndim != len(letters)
         ):
-            raise self._wrong_kind(name, value, letters, dtypes)
+            raise self._wrong_kind(name, value, letters, dtypes, or_else)
         for letter, size in zip(letters, value.shape, strict=True):
             known = self._sizes.get(letter)
             if known is None:
@@ -103,7 +130,7 @@ class Checks:
     # Most calls are right: these find the words only for one that is not.
 
     def _wrong_kind(
-        self, name: str, value: object, letters: list[str], dtypes: Sequence[torch.dtype] | None
+        self, name: str, value: object, letters: list[str], dtypes: Sequence[torch.dtype] | None, or_else: str
     ) -> ShapeError:
         if not isinstance(value, Tensor):
             wanted, got = _kind(letters, dtypes), type(value).__name__
@@ -112,7 +139,7 @@ class Checks:
         if not _same_device(value.device, self.device):
             return ShapeError(f"{head}; the group is on {self.device}: call .to('{self.device}')")
         if dtypes is not None and value.dtype not in dtypes:
-            return ShapeError(f"{head}; call .to({dtypes[0]})")
+            return ShapeError(f"{head}; call .to({dtypes[0]}){or_else}")
         return ShapeError(f"{head}; pass {len(letters)} dimensions instead of {value.ndim}")
 
     def _wrong_size(
@@ -212,9 +239,79 @@ def check_dense(call: str, name: str, tensor: Tensor) -> None:
         found, remedy = str(tensor.layout), "call .to_dense()"
     elif tensor.is_quantized:
         found, remedy = str(tensor.dtype), "call .int_repr(), or .dequantize()"
+    elif type(tensor).__torch_dispatch__ is not _IS_PLAIN:
+        raise _wrapper_error(call, name, tensor)
     else:
         return
     raise ShapeError(f"{call}: {name}: expected a dense tensor, got {found}; {remedy}")
+
+
+def check_operand(call: str, name: str, value: object) -> None:
+    """Raise for a tensor for which the operators of `tokenferry.autograd` cannot do what they are asked for.
+
+    Tensors that torch itself wraps, to trace or to wait for them, reach an operator as they are meant to.
+
+    Raises:
+        ShapeError: a wrapper has its values.
+        ArgumentError: it stands for many, has a tangent, or is to be differentiated by torch.func.
+    """
+    if not isinstance(value, Tensor):
+        return
+    if stands_for_others(value) and type(value).__name__ not in _KNOW_OPERATORS:
+        check_dense(call, name, value)
+    check_not_transformed(call, name, value)
+    if _functorch.is_gradtrackingtensor(value) and value.requires_grad and torch.is_grad_enabled():
+        raise ArgumentError(
+            f"{call}: {name}: is to be differentiated by torch.func, which cannot follow calls; use "
+            "torch.autograd.grad or .backward()"
+        )
+
+
+def check_not_transformed(call: str, name: str, tensor: Tensor) -> None:
+    """Raise ArgumentError for a tensor that stands for many, as in torch.vmap, or has a tangent.
+
+    Operators are called once for all, and would lose a tangent.
+    """
+    levels: set[int] = set()
+    inner, is_batched = tensor, _functorch.is_legacy_batchedtensor(tensor)
+    while _functorch.is_functorch_wrapped_tensor(inner):
+        is_batched |= _functorch.is_batchedtensor(inner)
+        levels.add(_functorch.maybe_get_level(inner))
+        inner = _functorch.get_unwrapped(inner)
+    if is_batched:
+        raise ArgumentError(
+            f"{call}: {name}: stands for several tensors, as of torch.vmap, but a call sends one; make the calls one "
+            "after another"
+        )
+    if forward_ad._current_level < 0:
+        return
+    if _unpack_dual(tensor).tangent is not None:
+        raise _tangent_error(call, name)
+    # Inside of a transform that is inside of jvp, a tangent is seen at the level of jvp only.
+    is_jvp = (one.level() for one in _functorch.get_interpreter_stack() or () if one.key() == _JVP)
+    if len(levels) > 1 and not levels.isdisjoint(is_jvp):
+        raise _tangent_error(call, name)
+
+
+def stands_for_others(tensor: Tensor) -> bool:
+    """Return whether the class of a tensor decides what is done in its place: it need not know even ``detach``."""
+    return type(tensor).__torch_dispatch__ is not _IS_PLAIN
+
+
+def _wrapper_error(call: str, name: str, tensor: Tensor) -> ShapeError:
+    kind = type(tensor).__name__
+    remedy = _INSTEAD_OF_WRAPPERS.get(kind, "pass a plain torch.Tensor with its values")
+    return ShapeError(
+        f"{call}: {name}: expected a tensor with values in memory, got one of class {kind}, which stands for others; "
+        f"{remedy}"
+    )
+
+
+def _tangent_error(call: str, name: str) -> ArgumentError:
+    return ArgumentError(
+        f"{call}: {name}: has a tangent of forward-mode differentiation, which would be lost: there are gradients "
+        "of backward only, in tokenferry.autograd; pass forward_ad.unpack_dual(...).primal"
+    )
 
 
 def check_plain(call: str, name: str, value: object) -> None:
@@ -233,13 +330,9 @@ def check_plain(call: str, name: str, value: object) -> None:
             f"{call}: {name}: expected a tensor with values in memory, got one of torch.vmap, torch.func or "
             "FakeTensorMode, which stands for others; make the call outside of it"
         )
-    tangent = forward_ad.unpack_dual(value).tangent if forward_ad._current_level >= 0 else None  # type: ignore[no-untyped-call]
-    if tangent is not None:
-        raise ArgumentError(
-            f"{call}: {name}: has a tangent of forward-mode differentiation, which would be lost: there are gradients "
-            "of backward only, in tokenferry.autograd; pass forward_ad.unpack_dual(...).primal"
-        )
     check_dense(call, name, value)
+    if forward_ad._current_level >= 0 and _unpack_dual(value).tangent is not None:
+        raise _tangent_error(call, name)
     if value.is_neg() or value.is_conj():
         raise ShapeError(
             f"{call}: {name}: expected a tensor whose memory holds its values, got one that is negated or "

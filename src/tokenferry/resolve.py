@@ -406,7 +406,7 @@ def _check_rows(check: Checks, x: Tensor | Quantized) -> int:
         check.row_bytes("x.data", x.data)
         check.tensor("x.scale", x.scale, "T S", None, contiguous=False)
         return x.data.shape[0]
-    check.tensor("x", x, "T H", FLOATS)
+    check.tensor("x", x, "T H", FLOATS, or_else=", or pass Quantized(data, scale) to move packed rows as they are")
     check.row_bytes("x", x)
     return x.shape[0]
 

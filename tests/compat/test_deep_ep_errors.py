@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from support.wrapped import Wrapped
 from tokenferry.compat.deep_ep import Buffer, Config, EventOverlap
 from tokenferry.compat.deep_ep.hybrid_ep_buffer import indices_to_map
 from tokenferry.errors import (
@@ -18,6 +19,7 @@ from tokenferry.errors import (
     ClosedError,
     ConfigError,
     PlanError,
+    ResourceError,
     RoutingError,
     ShapeError,
     UnsupportedError,
@@ -188,6 +190,62 @@ def test_a_view_of_a_buffer_is_no_larger_than_the_buffer(buffer, size, message):
     with pytest.raises(ArgumentError, match=rf"get_local_buffer_tensor: .*{message}"):
         buffer.get_local_buffer_tensor(torch.uint8, size)
     assert buffer.get_local_buffer_tensor(torch.uint8, [4, 16]).shape == (4, 16)
+
+
+@pytest.mark.parametrize("num_bytes", [2**60, 2**63 - 1])
+def test_memory_that_the_system_refuses_for_a_view(num_bytes):
+    buffer = Buffer(None, num_bytes, explicitly_destroy=True)
+    with pytest.raises(
+        ResourceError, match=rf"get_local_buffer_tensor: num_nvl_bytes={num_bytes} bytes are not .*ENOMEM"
+    ):
+        buffer.get_local_buffer_tensor(torch.uint8)
+    check_usable(buffer)
+
+
+def test_tensors_of_classes_that_stand_for_others(buffer):
+    """Nothing that is not in memory is sent, whatever argument it is."""
+    kw, y = given(buffer), torch.zeros(E, M, H, dtype=torch.bfloat16)
+    rows, _, weights, _, handle, _ = buffer.dispatch(X, **kw)
+    _, _, answers, _, _ = buffer.low_latency_dispatch(X, IDX, M, E, use_fp8=False)
+    counts, waits = torch.zeros(E, dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
+    decode, scales = (X, IDX, M, E), torch.ones(T, 1)
+    calls = {
+        "topk_idx: layout": (IDX, lambda t: buffer.get_dispatch_layout(t, E)),
+        "x": (X, lambda t: buffer.dispatch(t, **kw)),
+        "x: fp8": (X.to(torch.float8_e4m3fn), lambda t: buffer.dispatch((t, scales), **kw)),
+        "x[1]": (scales, lambda t: buffer.dispatch((X.to(torch.float8_e4m3fn), t), **kw)),
+        "x: again": (X, lambda t: buffer.dispatch(t, handle=handle)),
+        **{
+            f"{n}: dispatch": (v, lambda t, n=n: buffer.dispatch(X, **kw | {n: t}))
+            for n, v in kw.items()
+            if v is not None
+        },
+        "x: combine": (rows, lambda t: buffer.combine(t, handle)),
+        "topk_weights: combine": (weights, lambda t: buffer.combine(rows, handle, topk_weights=t)),
+        "bias": (X, lambda t: buffer.combine(rows, handle, bias=t)),
+        "x: decode": (X, lambda t: buffer.low_latency_dispatch(t, IDX, M, E, use_fp8=False)),
+        "topk_idx: decode": (IDX, lambda t: buffer.low_latency_dispatch(X, t, M, E)),
+        "cumulative_local_expert_recv_stats": (
+            counts,
+            lambda t: buffer.low_latency_dispatch(*decode, cumulative_local_expert_recv_stats=t),
+        ),
+        "dispatch_wait_recv_cost_stats": (
+            waits,
+            lambda t: buffer.low_latency_dispatch(*decode, dispatch_wait_recv_cost_stats=t),
+        ),
+        "x: answers": (y, lambda t: buffer.low_latency_combine(t, IDX, WEIGHTS, answers)),
+        "topk_idx: answers": (IDX, lambda t: buffer.low_latency_combine(y, t, WEIGHTS, answers)),
+        "topk_weights: answers": (WEIGHTS, lambda t: buffer.low_latency_combine(y, IDX, t, answers)),
+        "out": (X.clone(), lambda t: buffer.low_latency_combine(y, IDX, WEIGHTS, answers, out=t)),
+    }
+    for name, (right, call) in calls.items():
+        with pytest.raises(
+            ShapeError, match=rf": .*{name.partition(':')[0].split('[')[0]}.*: expected a tensor with values"
+        ) as said:
+            call(Wrapped(right))
+        assert "got one of class Wrapped" in str(said.value)
+        call(right)
+    check_usable(buffer)
 
 
 Y = torch.zeros(E, M, H, dtype=torch.bfloat16)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from support.good_calls import SHAPE, Call, at, combine, decode, decode_combine, dispatch, good, grad, open_group, wide
+from support.wrapped import Wrapped
 from tokenferry import (
     ArgumentError,
     CapacityError,
@@ -24,10 +25,45 @@ from tokenferry import (
     ShapeError,
 )
 
+STANDS_FOR_OTHERS: dict[str, Call] = {
+    "dispatch: x": dispatch(x=lambda g: Wrapped(g.x)),
+    "dispatch: x.data": dispatch(x=lambda g: Quantized(Wrapped(g.x), g.weights)),
+    "dispatch: x.scale": dispatch(x=lambda g: Quantized(g.x, Wrapped(g.weights))),
+    "dispatch: topk_idx": dispatch(topk_idx=lambda g: Wrapped(g.topk_idx)),
+    "dispatch: topk_weights": dispatch(topk_weights=lambda g: Wrapped(g.weights)),
+    "redispatch: x": lambda g: g.group.redispatch(Wrapped(g.x), g.sent.plan),
+    "redispatch: topk_weights": lambda g: g.group.redispatch(g.x, g.sent.plan, topk_weights=Wrapped(g.weights)),
+    "combine: y": combine(lambda g: Wrapped(g.sent.x)),
+    "combine: topk_weights": lambda g: g.group.combine(
+        g.sent.x.clone(), g.sent.plan, topk_weights=Wrapped(g.sent.topk_weights)
+    ),
+    "combine: bias": lambda g: g.group.combine(g.sent.x.clone(), g.sent.plan, bias=Wrapped(g.x)),
+    "combine: bias[1]": lambda g: g.group.combine(g.sent.x.clone(), g.sent.plan, bias=(g.x, Wrapped(g.x))),
+    "combine: out": lambda g: g.group.combine(g.sent.x.clone(), g.sent.plan, out=Wrapped(g.x)),
+    "decode_dispatch: x": decode(x=lambda g: Wrapped(g.x)),
+    "decode_dispatch: topk_idx": decode(topk_idx=lambda g: Wrapped(g.topk_idx)),
+    "decode_dispatch: topk_weights": decode(topk_weights=lambda g: Wrapped(g.weights)),
+    "decode_dispatch: stats.received": decode(stats=DecodeStats(Wrapped(torch.zeros(2, dtype=torch.int32)))),
+    "decode_dispatch: stats.wait_ns": decode(stats=DecodeStats(wait_ns=Wrapped(torch.zeros(2, dtype=torch.int64)))),
+    "decode_combine: y": decode_combine(lambda g: Wrapped(g.decoded.x)),
+    "decode_combine: plan.topk_weights": decode_combine(
+        plan=lambda g: replace(g.decoded.plan, topk_weights=Wrapped(g.weights))
+    ),
+    "decode_combine: out": decode_combine(out=Wrapped(torch.ones(3, 16))),
+}
+
 SMALL_FP8 = MoeShape(num_experts=4, top_k=2, hidden=24, max_tokens=8)
 OTHER = MoeShape(num_experts=8, top_k=2, hidden=16, max_tokens=8)
 
 BAD: dict[str, tuple[Call, type[Exception], tuple[str, ...]]] = {
+    **{
+        f"{name} of a class that stands for others": (
+            call,
+            ShapeError,
+            (f"{name}: expected a tensor with values in memory, got one of class Wrapped", "pass a plain torch.Tensor"),
+        )
+        for name, call in STANDS_FOR_OTHERS.items()
+    },
     # ---------------------------------------------------------------- dispatch
     "x is a list": (dispatch(x=[1.0]), ShapeError, ("dispatch: x:", "[T, H]", "list", "torch.Tensor")),
     "x is None": (dispatch(x=lambda g: None), ShapeError, ("dispatch: x:", "NoneType", "torch.Tensor")),
@@ -36,7 +72,7 @@ BAD: dict[str, tuple[Call, type[Exception], tuple[str, ...]]] = {
     "x is of integers": (
         dispatch(x=wide(3, 16, dtype=torch.int32)),
         ShapeError,
-        ("x:", "torch.bfloat16", "torch.int32", "call .to("),
+        ("x:", "torch.bfloat16", "torch.int32", "call .to(", ", or pass Quantized(data, scale) to move packed rows"),
     ),
     "x has holes": (
         dispatch(x=wide(3, 32)[:, ::2]),

@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "resolve": {"types", "errors", "topology", "checks", "backends"},
     "api": {"types", "errors", "ambient", "topology", "options", "resolve", "backends"},
     "__init__": {"types", "errors", "topology", "api"},
-    "autograd": {"types", "errors", "layout", "formats", "api"},
+    "autograd": {"types", "errors", "checks", "layout", "formats", "api"},
     "nn": {"types", "errors", "ambient", "topology", "api", "autograd"},
     "compat": {"__init__", "types", "errors", "ambient", "checks", "env", "options", "api"},
     # From compat only the folder of `tokenferry deep-ep-path`.
@@ -81,7 +81,7 @@ MAY_IMPORT = {
     "demo": {"types", "errors", "api", "autograd", "nn", "testing", "bench"},
     "__main__": {"cli"},
     # From compat only the folder of `tokenferry deep-ep-path`; from jit only the checks of `tokenferry doctor`; from
-    # kernels only the limits that `tokenferry explain` checks.
+    # kernels only the limits that `tokenferry explain` and `tokenferry plan` check.
     "cli": {
         "demo",
         "__init__",

@@ -8,8 +8,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.masked import masked_tensor
 
 import tokenferry
+from support.wrapped import Mine, Wrapped, distributed
 from tokenferry import ArgumentError, CapacityError, RoutingError, ShapeError, autograd
 from tokenferry.checks import FLOATS, Checks, NodeLimit, check_plain, fits
 
@@ -144,6 +147,33 @@ def test_calls_inside_of_a_mode_whose_tensors_have_no_values():
             ):
                 call()
             call()
+
+
+@pytest.mark.filterwarnings("ignore:.*MaskedTensors is in prototype")
+def test_classes_that_stand_for_others(check):
+    """They have no memory: their addresses are 0, and what is done to them is done to others."""
+    for make, text in (
+        (Wrapped, r"Wrapped, .*; pass a plain torch\.Tensor"),
+        (AsyncCollectiveTensor, r"AsyncCollectiveTensor, .*; call \.wait\(\)"),
+        (lambda x: masked_tensor(x, x > 0), r"MaskedTensor, .*; call \.to_tensor\(0\)"),
+        (FakeTensorMode().from_tensor, r"FakeTensor, .*"),
+    ):
+        with pytest.raises(ShapeError, match=f"dispatch: x: expected a tensor with values .* of class {text}"):
+            check.tensor("x", make(ONES), "T H", FLOATS)
+    for harmless in (ONES.as_subclass(Mine), torch.nn.Parameter(ONES), torch.nn.Buffer(ONES)):
+        assert check.tensor("x", harmless, "T H", FLOATS) is harmless
+        check_plain("dispatch", "x", harmless)
+
+
+def test_dtensors_are_refused_by_every_call():
+    """Their rows arrived as what lies at address 0, and broke the group."""
+    text = r": expected a tensor with values .* of class DTensor, .*; call \.to_local\(\) or \.full_tensor\(\)"
+    with tokenferry.ExpertGroup(None, tokenferry.MoeShape(4, 2, 16, 64), backend="cpu") as group, distributed() as make:
+        for name, (right, call) in all_calls(group).items():
+            with pytest.raises(ShapeError, match=re.escape(name) + text):
+                call(make(right))
+            call(right)
+            call(right.as_subclass(Mine))
 
 
 def test_tangents_are_not_lost_without_a_word():
@@ -311,6 +341,7 @@ KINDS = {
     "nested": (lambda right: torch._nested_tensor_from_tensor_list(list(right)), ".*a nested one"),
     "of oneDNN": (torch.Tensor.to_mkldnn, r".*torch\._mkldnn; call \.to_dense\(\)"),
     "quantized": (lambda right: torch.quantize_per_tensor(right, 0.5, 0, torch.quint8), r".*torch\.quint8"),
+    "wrapped": (Wrapped, ".*got one of class Wrapped, which stands for others; pass a plain torch.Tensor"),
 }
 
 

@@ -10,6 +10,7 @@ import torch
 from torch.autograd import forward_ad
 
 from support.silent_kernels import CountedCalls, SilentGroup, comparable, counted_calls, num_python_calls, rows_of
+from support.wrapped import Wrapped
 from tokenferry.backends.cuda.combine import Combiner
 from tokenferry.backends.cuda.decode import Decoder
 from tokenferry.backends.cuda.dispatch import Dispatcher
@@ -427,6 +428,8 @@ def test_tensors_that_stand_for_others_take_the_general_path():
             for transform in (torch.vmap, torch.func.functionalize):
                 with pytest.raises(ShapeError, match=f"{name}: expected a tensor with values in memory"):
                     transform(call)(right[None] if transform is torch.vmap else right)
+            with pytest.raises(ShapeError, match=f"{name}: expected a tensor with values in memory, got .* Wrapped"):
+                call(Wrapped(right))
             with forward_ad.dual_level(), pytest.raises(ArgumentError, match=f"{name}: has a tangent"):
                 call(forward_ad.make_dual(right, torch.ones_like(right)))
         assert group._backend.context.last_call_number == number, "a call has begun"

@@ -38,11 +38,13 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tokenferry.api import ExpertGroup
 from tokenferry.autograd import ops
 from tokenferry.autograd.common import zeroing
 from tokenferry.autograd.eager import GroupCalls, Sent, is_traced
+from tokenferry.checks import check_operand
 from tokenferry.errors import ArgumentError, PlanError, ShapeError
 from tokenferry.types import Combined, Dispatched, DispatchOptions, Layout, Plan, Quantized, Routing, Scale
 
@@ -113,6 +115,7 @@ def dispatch(
     if not is_traced(data, scale, routing.topk_idx, routing.topk_weights):
         sent = GroupCalls(group, quantize=quantize).dispatch(options, x, routing.topk_idx, routing.topk_weights)
         return _with_gradients(sent, sent.whole.plan)
+    _reach_operators("dispatch", data, scale, topk_idx=routing.topk_idx, topk_weights=routing.topk_weights)
     where, sizes = ops.pack(group, group.key, options, 0, 0)
     where = ops.with_cast(where, quantize)
     rows, scales, weights, host_ints, offsets, *tensors = ops.dispatch(
@@ -152,6 +155,7 @@ def redispatch(
     _can_be_saved("redispatch", plan, data, topk_weights)
     if not is_traced(data, scale, topk_weights):
         return _with_gradients(GroupCalls(group).redispatch(plan, x, topk_weights), plan)
+    _reach_operators("redispatch", data, scale, topk_weights=topk_weights)
     parts = ops.redispatch_along(group, plan, data, scale, topk_weights)
     return _dispatched(parts, plan, x, topk_weights)
 
@@ -174,10 +178,12 @@ def combine(
         ShapeError, CapacityError, MismatchError, PeerTimeout, ClosedError: as `ExpertGroup.combine`.
     """
     biases = () if bias is None else bias if isinstance(bias, tuple) else (bias,)
-    _only_tensors("combine", y=y, topk_weights=topk_weights, **{f"bias[{i}]": one for i, one in enumerate(biases)})
+    named = {f"bias[{i}]": one for i, one in enumerate(biases)}
+    _only_tensors("combine", y=y, topk_weights=topk_weights, **named)
     _can_be_saved("combine", plan, y, topk_weights, *biases)
     if not is_traced(y, topk_weights, *biases):
         return Combined(*GroupCalls(group).combine(plan, y, topk_weights, *biases))
+    _reach_operators("combine", y=y, topk_weights=topk_weights, **named)
     x, weights = ops.combine_along(group, plan, y, topk_weights, biases)
     return Combined(x, None if topk_weights is None else weights)
 
@@ -212,6 +218,20 @@ def _only_tensors(call: str, **arguments: object) -> None:
         optional = name == "topk_weights"
         if not isinstance(value, Tensor) and not (optional and value is None):
             raise ShapeError(f"{call}: {name}: expected a torch.Tensor, got {type(value).__name__}; pass one")
+
+
+def _reach_operators(call: str, x: Tensor | None = None, scale: Tensor | None = None, **arguments: object) -> None:
+    """Reject tensors that operators would not see, or not all of, before anything is sent.
+
+    A compiler says itself what it cannot do, but for tangents: these end its graph, so that this runs eagerly.
+    """
+    if torch.compiler.is_compiling():
+        if forward_ad._current_level < 0:
+            return
+        torch._dynamo.graph_break()
+    rows = {"x": x} if scale is None else {"x.data": x, "x.scale": scale}
+    for name, value in {**rows, **arguments}.items():
+        check_operand(call, name, value)
 
 
 def _can_be_saved(call: str, plan: Plan, *inputs: Tensor | None) -> None:

@@ -7,8 +7,11 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tokenferry.api import ExpertGroup
+from tokenferry.checks import check_not_transformed
+from tokenferry.errors import UnsupportedError
 from tokenferry.types import DispatchOptions, Layout, Plan
 
 NARROWEST_HIDDEN = 8
@@ -58,3 +61,23 @@ def for_weights(group: ExpertGroup) -> ExpertGroup:
         narrow = group._narrow = group.for_shape(replace(group.shape, hidden=NARROWEST_HIDDEN))
         narrow._origin = None
     return narrow
+
+
+def refuse_transformed(*gradients: Tensor | None) -> None:
+    """Raise for gradients that stand for many, or have a tangent, before anything is sent: a call sends one, alone.
+
+    Raises:
+        UnsupportedError: they stand for many.
+        ArgumentError: one has a tangent.
+    """
+    is_batched, is_legacy = torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor
+    for gradient in gradients:
+        if gradient is None:
+            continue
+        if is_batched(gradient) or is_legacy(gradient):
+            raise UnsupportedError(
+                "autograd: gradients of several backward passes at once, as of vmap, is_grads_batched=True or "
+                "vectorize=True, cannot be sent; make the passes one after another"
+            )
+        if forward_ad._current_level >= 0:
+            check_not_transformed("backward", "gradient", gradient)

@@ -19,8 +19,14 @@ from torch.autograd import Function
 
 from tokenferry.api import ExpertGroup
 from tokenferry.autograd import ops
-from tokenferry.autograd.common import carriers, for_weights, own_weights, zero_empty_rows, zeroing
-from tokenferry.errors import UnsupportedError
+from tokenferry.autograd.common import (
+    carriers,
+    for_weights,
+    own_weights,
+    refuse_transformed,
+    zero_empty_rows,
+    zeroing,
+)
 from tokenferry.formats import fp8
 from tokenferry.types import Dispatched, DispatchOptions, Layout, Plan, Quantized, Routing, Scale
 
@@ -153,7 +159,7 @@ class _Dispatch(Function):
 
     @staticmethod
     def backward(ctx: _Context, rows: Tensor | None, weights: Tensor | None, _sent: None) -> tuple[Tensor | None, ...]:
-        _refuse_batched(rows, weights)
+        refuse_transformed(rows, weights)
         _, _, needs_x, _, needs_weights = ctx.needs_input_grad
         x, topk_weights = _gradients_of_sent(ctx, rows if needs_x else None, weights if needs_weights else None)
         return None, None, x, None, topk_weights
@@ -172,21 +178,10 @@ class _Redispatch(Function):
 
     @staticmethod
     def backward(ctx: _Context, rows: Tensor | None, weights: Tensor | None, _sent: None) -> tuple[Tensor | None, ...]:
-        _refuse_batched(rows, weights)
+        refuse_transformed(rows, weights)
         _, _, needs_x, needs_weights = ctx.needs_input_grad
         x, topk_weights = _gradients_of_sent(ctx, rows if needs_x else None, weights if needs_weights else None)
         return None, None, x, topk_weights
-
-
-def _refuse_batched(*gradients: Tensor | None) -> None:
-    """Raise UnsupportedError for gradients that stand for many, before anything is sent: a call sends one."""
-    is_batched, is_legacy = torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor
-    for gradient in gradients:
-        if gradient is not None and (is_batched(gradient) or is_legacy(gradient)):
-            raise UnsupportedError(
-                "autograd: gradients of several backward passes at once, as of vmap, is_grads_batched=True or "
-                "vectorize=True, cannot be sent; make the passes one after another"
-            )
 
 
 def _gradients_of_sent(
@@ -215,7 +210,7 @@ class _Combine(Function):
 
     @staticmethod
     def backward(ctx: _Context, x: Tensor, topk_weights: Tensor | None) -> tuple[Tensor | None, ...]:
-        _refuse_batched(x, topk_weights)
+        refuse_transformed(x, topk_weights)
         _, _, needs_y, needs_weights, *need_bias = ctx.needs_input_grad
         y = weights = None
         if needs_y or needs_weights:

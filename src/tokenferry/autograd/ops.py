@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tokenferry.api import ExpertGroup, find_group
+from tokenferry.autograd import common
 from tokenferry.autograd.common import NARROWEST_HIDDEN, carriers, own_weights, zero_empty_rows, zeroing
 from tokenferry.autograd.generated_code import keep_order
 from tokenferry.autograd.sums import sum_over
@@ -341,6 +342,7 @@ def _combine_gradients(
     ctx: _Context, rows: Tensor, weights: Tensor | None, needs_x: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Run the backward of dispatch or redispatch: one combine, of the gradients that are needed."""
+    common.refuse_transformed(rows, weights)
     sizes = list(ctx.sizes)
     if not needs_x:
         sizes[2] = NARROWEST_HIDDEN
@@ -386,6 +388,7 @@ def _combine_setup(ctx: _Context, inputs: tuple[Any, ...], output: tuple[Tensor,
 
 
 def _combine_backward(ctx: _Context, grad_x: Tensor, grad_weights_sum: Tensor) -> tuple[Any, ...]:
+    common.refuse_transformed(grad_x, grad_weights_sum)
     needs_y, needs_weights, *_ = ctx.needs_input_grad
     grad_y = grad_weights = None
     if needs_y or needs_weights:

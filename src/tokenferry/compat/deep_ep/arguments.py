@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenferry.checks import FLOATS, check_dense
+from tokenferry.checks import FLOATS, check_dense, stands_for_others
 from tokenferry.compat.deep_ep.config import Config
 from tokenferry.errors import ArgumentError, ShapeError, UnsupportedError
 from tokenferry.types import MAX_SIZE, Quantized
@@ -44,7 +44,9 @@ def detached(tensor: Tensor) -> Tensor:
     """Return the tensor, or without its graph if it has one, or is a subclass such as a Parameter."""
     if type(tensor) is Tensor and not tensor.requires_grad:  # as nearly always
         return tensor
-    return tensor.detach() if isinstance(tensor, Tensor) else tensor  # the call says what is wrong with it
+    if not isinstance(tensor, Tensor) or stands_for_others(tensor):
+        return tensor  # the call says what is wrong with it
+    return tensor.detach()
 
 
 def to_native(call: str, x: object, name: str = "x") -> Tensor | Quantized:

@@ -283,6 +283,7 @@ class Buffer(Connected, LowLatencyCalls):
         Raises:
             ArgumentError: ``size`` and ``offset`` exceed the memory, or ``offset`` does not fit ``dtype``.
             CapacityError: CUDA: there is not enough memory on the GPU.
+            ResourceError: CPU: the system refused the memory. The group stays usable.
         """
         call = "Buffer.get_local_buffer_tensor"
         self._open(call)
@@ -315,6 +316,9 @@ class Buffer(Connected, LowLatencyCalls):
                     f"{call}: {name}={have} bytes are not available on {self._experts.device}; "
                     "free memory, or make a smaller Buffer"
                 ) from error
+            except (RuntimeError, MemoryError, OSError) as error:
+                self._experts._raise_if_refused(f"{call}: {name}={have} bytes are not available", error, local=True)
+                raise
             self._local[use_rdma_buffer] = weakref.ref(storage)
         whole = torch.empty(0, dtype=torch.uint8, device=self._experts.device).set_(storage)
         return whole[offset:end].view(dtype).view(shape)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tokenferry.ambient import methods_not_compiled
 from tokenferry.api import ExpertGroup
-from tokenferry.checks import INDICES, Checks, check_plain, fits
+from tokenferry.checks import INDICES, Checks, check_plain, fits, stands_for_others
 from tokenferry.compat.deep_ep.arguments import check_sizes, detached
 from tokenferry.compat.deep_ep.handles import HandleBase
 from tokenferry.compat.deep_ep.views import Views
@@ -144,7 +144,9 @@ def dispatch(
         call = "Buffer.low_latency_dispatch"
         check_sizes(call, num_max_dispatch_tokens_per_rank=max_tokens, num_experts=num_experts)
         raise
-    kept = None if views.on_gpu else topk_idx.clone()  # the caller may overwrite its tensor before combine
+    kept = None
+    if not views.on_gpu and not stands_for_others(topk_idx):
+        kept = topk_idx.clone()  # the caller may overwrite its tensor before combine
     uncounted = given.received is None and given.wait_ns is None
     try:
         sent = view.decode_dispatch(
