@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tokenferry.ambient import methods_not_compiled, without_function_modes
-from tokenferry.backends.base import Backend, CallSms, TokenLayout
+from tokenferry.ambient import methods_not_compiled, seen_to_its_end, without_function_modes
+from tokenferry.backends.base import Backend, CallSms, Interruptible, TokenLayout
 from tokenferry.backends.choose import make_backend
 from tokenferry.errors import ArgumentError, ClosedError, PickleError, TokenferryError
 from tokenferry.options import check_divides, check_group, resolve_options
@@ -79,8 +79,8 @@ class ExpertGroup(Connected):
             PickleError.
         Host: CPU backend: every call returns with its work done, or with a hook that does the rest; either way its
             input rows may be overwritten afterwards. CUDA: a call returns when its work is on the stream or, if the
-            host needs counts, when the counts have arrived; it never waits for rows. No wait for a peer takes longer
-            than ``timeout_s``.
+            host needs counts, when the counts have arrived; it never waits for rows. Every wait for a peer has a
+            deadline: ``timeout_s``, and up to four times that for work of this rank that itself waits for peers.
         Stream: CUDA: a call runs on torch's current stream. Consecutive calls may be made on different streams: each
             waits for the one before.
         Errors on the device: an error that the device detects (bad indices with ``counts="device"``, a late or dead
@@ -285,9 +285,9 @@ class ExpertGroup(Connected):
         """
         self._ready("mask")
         if type(rank) is not int or not 0 <= rank < self.num_ranks or (rank == self.rank and masked):
-            raise ArgumentError(
-                f"mask: rank: expected one of 0..{self.num_ranks - 1} other than this rank ({self.rank}), got {rank!r}"
-            )
+            others = f"one of 0..{self.num_ranks - 1} other than this rank ({self.rank})"
+            wanted = others if self.num_ranks > 1 else "another rank, of which a group of one has none"
+            raise ArgumentError(f"mask: rank: expected {wanted}, got {rank!r}")
         self._backend.mask(rank, masked=masked)
 
     def warmup(self) -> None:
@@ -405,7 +405,7 @@ class ExpertGroup(Connected):
         self, x: Quantized, routing: Routing, *, options: DispatchOptions | None = None, num_sms: int | None = None
     ) -> Dispatched[Quantized]: ...
 
-    @without_function_modes
+    @seen_to_its_end
     def dispatch(
         self,
         x: Tensor | Quantized,
@@ -463,16 +463,12 @@ class ExpertGroup(Connected):
             >>> sent.expert_counts.tolist(), sent.x[:, 0].tolist()
             ([1, 2], [4.0, 0.0, 8.0])
         """
-        try:
-            if self._fast_path is not None:
-                done = self._fast_path.dispatch(x, routing, options, num_sms)
-                if done is not None:
-                    return done
-            self._ready("dispatch")
-            return self._backend.dispatch(self._resolver.dispatch(x, routing, options, num_sms))
-        except _MAY_BE_REFUSALS as error:
-            self._raise_if_refused("dispatch", error)
-            raise
+        if self._fast_path is not None:
+            done = self._fast_path.dispatch(x, routing, options, num_sms)
+            if done is not None:
+                return done
+        self._ready("dispatch")
+        return self._backend.dispatch(self._resolver.dispatch(x, routing, options, num_sms))
 
     @overload
     def redispatch(
@@ -484,7 +480,7 @@ class ExpertGroup(Connected):
         self, x: Quantized, plan: Plan, *, topk_weights: Tensor | None = None, num_sms: int | None = None
     ) -> Dispatched[Quantized]: ...
 
-    @without_function_modes
+    @seen_to_its_end
     def redispatch(
         self,
         x: Tensor | Quantized,
@@ -512,18 +508,14 @@ class ExpertGroup(Connected):
             ArgumentError, CapacityError, ShapeError, MismatchError, PeerTimeout, ResourceError, ClosedError: as
                 `dispatch`.
         """
-        try:
-            if self._fast_path is not None:
-                done = self._fast_path.redispatch(x, plan, topk_weights, num_sms)
-                if done is not None:
-                    return done
-            self._ready("redispatch")
-            return self._backend.redispatch(self._resolver.redispatch(x, plan, topk_weights, num_sms))
-        except _MAY_BE_REFUSALS as error:
-            self._raise_if_refused("redispatch", error)
-            raise
+        if self._fast_path is not None:
+            done = self._fast_path.redispatch(x, plan, topk_weights, num_sms)
+            if done is not None:
+                return done
+        self._ready("redispatch")
+        return self._backend.redispatch(self._resolver.redispatch(x, plan, topk_weights, num_sms))
 
-    @without_function_modes
+    @seen_to_its_end
     def combine(
         self,
         y: Tensor,
@@ -568,16 +560,12 @@ class ExpertGroup(Connected):
             CapacityError: CUDA: the heap is too small for the rows that return, or for copies; gives the numbers.
             ShapeError, MismatchError, PeerTimeout, ResourceError, ClosedError: as `dispatch`.
         """
-        try:
-            if self._fast_path is not None:
-                done = self._fast_path.combine(y, plan, topk_weights, bias, out, num_sms)
-                if done is not None:
-                    return done
-            self._ready("combine")
-            return self._backend.combine(self._resolver.combine(y, plan, topk_weights, bias, out, num_sms))
-        except _MAY_BE_REFUSALS as error:
-            self._raise_if_refused("combine", error)
-            raise
+        if self._fast_path is not None:
+            done = self._fast_path.combine(y, plan, topk_weights, bias, out, num_sms)
+            if done is not None:
+                return done
+        self._ready("combine")
+        return self._backend.combine(self._resolver.combine(y, plan, topk_weights, bias, out, num_sms))
 
     # ------------------------------------------------------------------ latency: decoding
 
@@ -603,7 +591,7 @@ class ExpertGroup(Connected):
         return_hook: bool = False,
     ) -> DecodeDispatched[Quantized]: ...
 
-    @without_function_modes
+    @seen_to_its_end
     def decode_dispatch(
         self,
         x: Tensor,
@@ -662,19 +650,15 @@ class ExpertGroup(Connected):
             ConfigError: backend cuda, E > 4096, K > 64, or M > 65536; across nodes, R * M > 524288.
             ShapeError, MismatchError, PeerTimeout, ResourceError, ClosedError: as `dispatch`.
         """
-        try:
-            if self._fast_path is not None:
-                done = self._fast_path.decode_dispatch(x, routing, quantize, stats, return_hook=return_hook)
-                if done is not None:
-                    return done
-            self._ready("decode_dispatch")
-            request = self._resolver.decode_dispatch(x, routing, quantize, stats, return_hook=return_hook)
-            return self._backend.decode_dispatch(request)
-        except _MAY_BE_REFUSALS as error:
-            self._raise_if_refused("decode_dispatch", error)
-            raise
+        if self._fast_path is not None:
+            done = self._fast_path.decode_dispatch(x, routing, quantize, stats, return_hook=return_hook)
+            if done is not None:
+                return done
+        self._ready("decode_dispatch")
+        request = self._resolver.decode_dispatch(x, routing, quantize, stats, return_hook=return_hook)
+        return self._backend.decode_dispatch(request)
 
-    @without_function_modes
+    @seen_to_its_end
     def decode_combine(  # seven parameters instead of six: numerics and encoding are chosen independently
         self,
         y: Tensor,
@@ -728,17 +712,13 @@ class ExpertGroup(Connected):
             CapacityError: CUDA: as `decode_dispatch`, if the rows of y are larger than those of x.
             ShapeError, MismatchError, PeerTimeout, ResourceError, ClosedError: as `dispatch`.
         """
-        try:
-            if self._fast_path is not None:
-                done = self._fast_path.decode_combine(y, plan, numerics, encoding, out, stats, return_hook=return_hook)
-                if done is not None:
-                    return done
-            self._ready("decode_combine")
-            request = self._resolver.decode_combine(y, plan, numerics, encoding, out, stats, return_hook=return_hook)
-            return self._backend.decode_combine(request)
-        except _MAY_BE_REFUSALS as error:
-            self._raise_if_refused("decode_combine", error)
-            raise
+        if self._fast_path is not None:
+            done = self._fast_path.decode_combine(y, plan, numerics, encoding, out, stats, return_hook=return_hook)
+            if done is not None:
+                return done
+        self._ready("decode_combine")
+        request = self._resolver.decode_combine(y, plan, numerics, encoding, out, stats, return_hook=return_hook)
+        return self._backend.decode_combine(request)
 
     def _adopt(
         self,
@@ -756,12 +736,22 @@ class ExpertGroup(Connected):
         if origin is None:
             _groups[backend.key] = self
         self._resolver = Resolver(shape, backend.topology, backend.device, backend.key, backend.checks_routing)
+        self._interruptible = backend if isinstance(backend, Interruptible) else None
         self._fast_path = backend.fast_path(shape, self._resolver)
         self.shape, self.timeout_s = shape, timeout_s
 
     def _ready(self, call: str) -> None:
         if self._backend.broken:
             raise ClosedError(f"{call}: the group {self._backend.broken}; make a new ExpertGroup")
+
+    def _cut_off(self, call: str, before: object, error: BaseException) -> None:
+        """End a call that ``error`` has ended; say so in our words if it means that a resource was refused."""
+        if isinstance(error, TokenferryError):
+            return
+        if isinstance(error, _MAY_BE_REFUSALS):
+            self._raise_if_refused(call, error)
+        if self._interruptible is not None:
+            self._interruptible.interrupted(call, before, error)
 
     def _raise_if_refused(self, call: str, error: Exception, *, local: bool = False) -> None:
         refused = None if isinstance(error, TokenferryError) else self._backend.refused(call, error, local=local)

@@ -1,5 +1,6 @@
-"""Calls of two threads at once on CPUs: the second one is refused, and neither is wrong."""
+"""Calls at the same time on CPUs, of two threads or of one: the second one is refused, and neither is wrong."""
 
+import signal
 import threading
 from unittest import mock
 
@@ -31,7 +32,7 @@ def refusal(function) -> str:
 def test_a_second_thread_is_refused(hooked):
     with ExpertGroup(None, MoeShape(2, 1, 8, 4), backend="cpu") as group:
         sent = group.dispatch(X, WHERE)
-        first = group.decode_dispatch(X, WHERE, return_hook=hooked)
+        first, other = (group.decode_dispatch(X, WHERE, return_hook=hooked) for _ in range(2))
         entered, said = Exchange.catch_up, []
 
         def catch_up(self, *args) -> None:
@@ -39,7 +40,7 @@ def test_a_second_thread_is_refused(hooked):
             if not said:
                 said.append("")
                 said.append(refusal(lambda: group.combine(sent.x, sent.plan)))
-                said.append(refusal(group.decode_dispatch(X, WHERE, return_hook=True).hook) if hooked else "")
+                said.append(refusal(other.hook) if hooked else "")
 
         with mock.patch.object(Exchange, "catch_up", catch_up):
             if hooked:
@@ -49,4 +50,41 @@ def test_a_second_thread_is_refused(hooked):
         assert said[1].startswith("combine: another thread is in a call of this group; ")
         if hooked:
             assert said[2].startswith("decode_dispatch: another thread is in a call of this group; ")
+        assert torch.equal(group.combine(sent.x, sent.plan).x, X)
+
+
+@pytest.mark.parametrize("hooked", [False, True], ids=["call", "hook"])
+def test_a_call_that_interrupts_another_one_is_refused(hooked):
+    """As those of signal handlers and finalizers do, in the thread of the call: they broke the group."""
+    with ExpertGroup(None, MoeShape(2, 1, 8, 4), backend="cpu") as group:
+        sent = group.dispatch(X, WHERE)
+        first, other = (group.decode_dispatch(X, WHERE, return_hook=True) for _ in range(2))
+        refused, started = [], Exchange.start
+
+        def handler(*_) -> None:
+            for call in (lambda: group.combine(sent.x, sent.plan), lambda: group.decode_dispatch(X, WHERE), other.hook):
+                with pytest.raises(
+                    ArgumentError, match=r"a signal handler or a finalizer has interrupted a call"
+                ) as what:
+                    call()
+                refused.append(str(what.value).partition(":")[0])
+
+        def start(self, *args, **kwargs):
+            if not hooked:
+                signal.raise_signal(signal.SIGUSR1)
+            return started(self, *args, **kwargs)
+
+        def catch_up(self, *_) -> None:
+            signal.raise_signal(signal.SIGUSR1)
+
+        before = signal.signal(signal.SIGUSR1, handler)
+        try:
+            name, mine = ("catch_up", catch_up) if hooked else ("start", start)
+            with mock.patch.object(Exchange, name, mine):
+                done = first.hook() if hooked else group.dispatch(X, WHERE)
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+        assert refused == ["combine", "decode_dispatch", "decode_dispatch"]
+        assert torch.equal(first.x[0, :1] if hooked else done.x, X[:1] if hooked else X)
+        other.hook()
         assert torch.equal(group.combine(sent.x, sent.plan).x, X)

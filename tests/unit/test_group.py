@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tokenferry import ClosedError, ConfigError, ExpertGroup, MoeShape, Routing
+from tokenferry import ArgumentError, ClosedError, ConfigError, ExpertGroup, MoeShape, Routing
 from tokenferry.compat.deep_ep import Buffer
 
 SHAPE = MoeShape(num_experts=4, top_k=2, hidden=8, max_tokens=16)
@@ -39,6 +39,14 @@ def test_a_bad_variable_stops_the_group(monkeypatch, name, value):
     monkeypatch.setenv(f"TOKENFERRY_{name}", value)
     with pytest.raises(ConfigError, match=rf"TOKENFERRY_{name}='{value}'"):
         ExpertGroup(None, SHAPE)
+
+
+def test_a_group_of_one_has_no_rank_to_mask():
+    with (
+        ExpertGroup(None, SHAPE) as group,
+        pytest.raises(ArgumentError, match="of which a group of one has none, got 0"),
+    ):
+        group.mask(0)
 
 
 def test_closing_a_view_closes_the_group():

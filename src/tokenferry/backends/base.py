@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -257,6 +257,21 @@ def not_received() -> PlanError:
     return PlanError(
         "decode_combine: plan: its rows have not been received; call the hook() of its decode_dispatch first"
     )
+
+
+@runtime_checkable
+class Interruptible(Protocol):
+    """A backend that an interrupt behind the last message of a call would leave a call ahead of what its caller knows.
+
+    Attributes:
+        latest_call: The call that has begun last, or what stands for it.
+    """
+
+    @property
+    def latest_call(self) -> Any: ...  # noqa: ANN401, D102 - known to the backend only
+
+    def interrupted(self, call: str, before: Any, error: BaseException) -> None:  # noqa: ANN401 - likewise
+        """Break the backend if something was sent since ``before``, which was `latest_call`: ``error`` hides it."""
 
 
 class Backend(Protocol):

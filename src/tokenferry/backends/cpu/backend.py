@@ -19,6 +19,7 @@ from tokenferry.backends.base import (
 )
 from tokenferry.backends.cpu import combine, dispatch, routing
 from tokenferry.backends.cpu.decode import Decoder
+from tokenferry.backends.cpu.entrance import Entered
 from tokenferry.backends.cpu.exchange import Exchange
 from tokenferry.backends.cpu.levels import Levels
 from tokenferry.backends.cpu.route import Direct, Route
@@ -142,6 +143,15 @@ class CpuBackend:
         """Break the group if a call was refused a resource: its peers are told, and need not wait for this rank."""
         return resource_error(call, error) if local else self._exchange.refused(call, error)
 
+    @property
+    def latest_call(self) -> Entered:
+        """See `tokenferry.backends.base.Interruptible`."""
+        return self._exchange.entrance.latest
+
+    def interrupted(self, call: str, before: Entered, error: BaseException) -> None:
+        """See `tokenferry.backends.base.Interruptible`."""
+        self._exchange.interrupted(call, before, error)
+
     def places_shape(self, shape: MoeShape, options: DispatchOptions, num_tokens: int) -> tuple[int | None, int]:
         """See `tokenferry.backends.base.Backend`: only with several nodes do plans have ``places``."""
         return (0, 0) if self.topology.num_nodes == 1 else (None, 1 + self.topology.ranks_per_node)
@@ -167,37 +177,32 @@ class CpuBackend:
         if trace is not None:
             raise BackendUnavailable("set_trace: backend 'cpu' has no time stamps of calls; use backend='cuda'")
 
-    @torch.no_grad()
     def dispatch(self, request: DispatchRequest) -> Dispatched[Tensor | Quantized]:
         """See `tokenferry.backends.cpu.dispatch`."""
         _check_no_sms("dispatch", request.num_sms)
-        with self._exchange.call("dispatch"):
+        with self._exchange.call("dispatch"), torch.no_grad():
             return dispatch.dispatch(self._exchange, self._route, self.key, request)
 
-    @torch.no_grad()
     def redispatch(self, request: RedispatchRequest) -> Dispatched[Tensor | Quantized]:
         """See `tokenferry.backends.cpu.dispatch`."""
         _check_no_sms("redispatch", request.num_sms)
-        with self._exchange.call("redispatch"):
+        with self._exchange.call("redispatch"), torch.no_grad():
             return dispatch.redispatch(self._exchange, self._route, request)
 
-    @torch.no_grad()
     def combine(self, request: CombineRequest) -> Combined:
         """See `tokenferry.backends.cpu.combine`."""
         _check_no_sms("combine", request.num_sms)
-        with self._exchange.call("combine"):
+        with self._exchange.call("combine"), torch.no_grad():
             return combine.combine(self._exchange, self._route, request)
 
-    @torch.no_grad()
     def decode_dispatch(self, request: DecodeDispatchRequest) -> DecodeDispatched[Tensor | Quantized]:
         """See `tokenferry.backends.cpu.decode`."""
-        with self._exchange.call("decode_dispatch"):
+        with self._exchange.call("decode_dispatch"), torch.no_grad():
             return self._decoder.dispatch(request)
 
-    @torch.no_grad()
     def decode_combine(self, request: DecodeCombineRequest) -> DecodeCombined:
         """See `tokenferry.backends.cpu.decode`."""
-        with self._exchange.call("decode_combine"):
+        with self._exchange.call("decode_combine"), torch.no_grad():
             return self._decoder.combine(request)
 
 

@@ -193,16 +193,14 @@ class Decoder:
     def _finish(
         self, phase: str, under_way: Delivery | Homecoming, receive: Callable[[Deadline], None], *, return_hook: bool
     ) -> Callable[[], None]:
-        """Run the second half of a call now, or return a hook that runs it once."""
+        """Run the second half of a call now, inside of the call, or return a hook that runs it once."""
         exchange, done = self._exchange, False
 
         @without_autocast
         def finish() -> None:
             nonlocal done
-            if done or under_way.aborted:
-                return
             deadline = Deadline(exchange.timeout_s)
-            with exchange.alone(phase), exchange.guard(phase):
+            with exchange.guard(phase):
                 exchange.catch_up(deadline)
                 try:
                     receive(deadline)
@@ -213,12 +211,20 @@ class Decoder:
 
         @not_compiled
         def hook() -> None:
-            with torch.inference_mode():  # results, `out` and counters may come from it, and be filled outside of it
-                finish()
+            if done or under_way.aborted:
+                return
+            before = exchange.entrance.latest
+            try:
+                with exchange.entrance.alone(phase), torch.inference_mode():
+                    finish()
+            except BaseException as error:
+                exchange.interrupted(phase, before, error)
+                raise
 
         if return_hook:
             return hook
-        hook()
+        with torch.inference_mode():  # results, `out` and counters may come from it, and be filled outside of it
+            finish()
         return no_hook
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ from torch import Tensor
 from tokenferry.ambient import not_compiled
 from tokenferry.backends.base import Encoding
 from tokenferry.backends.cpu.allocator import Allocator
+from tokenferry.backends.cpu.entrance import Entered, Entrance
 from tokenferry.backends.cpu.payload import Outgoing, ReceivedRows
 from tokenferry.errors import ArgumentError, ClosedError, MismatchError, PeerTimeout, ResourceError, TokenferryError
 from tokenferry.forked import forget_in_child
@@ -122,6 +122,7 @@ class Exchange:
         lost: The masked ranks that this rank masked itself, after a timeout.
         num_masked: By rank, how often it was masked: what was under way from it is lost, also if it is back by now.
         num_resyncs: How often the ranks have resynchronised their call numbers.
+        entrance: Lets calls and hooks in.
     """
 
     def __init__(
@@ -146,7 +147,7 @@ class Exchange:
         self.broken: str | None = None
         self.allocator = Allocator()
         self._last_call = 0
-        self._inside: dict[str, int] = {}  # "thread": the one in a call; a dict, whose setdefault is atomic
+        self.entrance = Entrance()
         self._resync_due = False
         self._postponed: tuple[str, Callable[[Deadline], None]] | None = None
         self._forgotten: deque[CallId] = deque()
@@ -256,43 +257,31 @@ class Exchange:
         """Do what was postponed, then a call; from its first message on, break the group on any error but ours.
 
         Else an interrupt between two exchanges of a call, or behind the last one, would leave this rank a call behind
-        its peers. Errors of ours have broken the group if they have to.
+        its peers. Errors of ours have broken the group if they have to. An interrupt that comes while this block is
+        entered or left is for `interrupted`.
         """
-        nested, before = self._enter(phase), None
+        entered = Entered()
         try:
+            self.entrance.enter(phase, entered)
             self.catch_up()
-            before = self._last_call
+            entered.before = self._last_call
             yield
-            self._leave(nested)  # here, not in a `finally` behind these handlers, where an interrupt would pass them by
-        except TokenferryError:
-            self._leave(nested)
-            raise
+            self.entrance.leave(entered)  # here, not behind the handler, where an interrupt would pass it by
         except BaseException as error:
-            self._leave(nested)
-            if before not in (None, self._last_call):
-                self._fail(phase, error)
+            self._end_early(phase, entered, error)
             raise
 
-    @contextlib.contextmanager
-    def alone(self, phase: str) -> Iterator[None]:
-        """Raise ArgumentError, and leave the group as it is, if another thread is in a call or a hook of the group."""
-        nested = self._enter(phase)
-        try:
-            yield
-        finally:
-            self._leave(nested)
+    def interrupted(self, phase: str, before: Entered, error: BaseException) -> None:
+        """End what has entered since ``before`` was the latest, if ``error`` came where that did not see it."""
+        entered = self.entrance.since(before)
+        if entered is not None:
+            torch._C._set_grad_enabled(entered.grad_enabled)  # an interrupt of `no_grad` leaves them off
+            self._end_early(phase, entered, error)
 
-    def _enter(self, phase: str) -> bool:
-        """Return whether this thread is in a call already."""
-        me = threading.get_ident()
-        nested = self._inside.get("thread") == me
-        if self._inside.setdefault("thread", me) != me:  # which no other thread can come between
-            raise ArgumentError(f"{phase}: another thread is in a call of this group; make calls and hooks one by one")
-        return nested
-
-    def _leave(self, nested: bool) -> None:
-        if not nested:
-            self._inside.pop("thread", None)
+    def _end_early(self, phase: str, entered: Entered, error: BaseException) -> None:
+        self.entrance.leave(entered)
+        if not isinstance(error, TokenferryError) and entered.before not in (None, self._last_call):
+            self._fail(phase, error)
 
     def _fail(self, phase: str, error: BaseException) -> None:
         """Break the group, unless an inner block has; raise the error that says most, if that is not ``error``."""
@@ -301,12 +290,12 @@ class Exchange:
         where = f"{phase} #{self._last_call}"
         if isinstance(error, GeneratorExit):  # an interrupt came while a `with` block was being entered or left
             error = KeyboardInterrupt()
-        refused = self.refused(where, error)
-        if refused is not None:
-            raise refused from error
-        raised = self._break(where, error)
-        if raised is not error:
-            raise raised from error
+        raised = self.refused(where, error) or self._break(where, error)
+        try:
+            if raised is not error:
+                raise raised from error
+        finally:
+            del raised, error  # they hold this frame, and it the memory of calls, until the collector comes
 
     def refused(self, where: str, error: BaseException) -> ResourceError | None:
         """Break the group if ``error`` means that a resource was refused, and return the error to raise instead."""
@@ -316,18 +305,21 @@ class Exchange:
         return refused
 
     def _break(self, where: str, error: BaseException) -> BaseException:
-        """Tell the peers, close, and return the error to raise: with several nodes it names the rank at fault."""
+        """Tell the peers, close, and return the error to raise: with several nodes it names the rank at fault.
+
+        After a timeout, peers have their own. An interrupt must not take the time to tell them.
+        """
         if self.broken:
             return error
-        # After a timeout, peers have their own. An interrupt must not take the time to tell them.
-        tell = isinstance(error, Exception) and not isinstance(error, PeerTimeout)
-        raised = error
-        if self._reports is not None:
-            raised = self._report(self._reports, error)
-        elif tell and not isinstance(error, MismatchError):  # peers need the header of a mismatch to see it, too
-            with contextlib.suppress(OSError, MemoryError, RuntimeError):  # there may be no memory for a message
-                self.transport.leave(f"{type(error).__name__}: {error}", wait=True)
-        self.close(f"is broken by an earlier {type(raised).__name__} in {where}", linger=tell)
+        raised, tell = error, isinstance(error, Exception) and not isinstance(error, PeerTimeout)
+        try:
+            if self._reports is not None:
+                raised = self._report(self._reports, error)
+            elif tell and not isinstance(error, MismatchError):  # peers need the header of a mismatch to see it, too
+                with contextlib.suppress(OSError, MemoryError, RuntimeError):  # there may be no memory for a message
+                    self.transport.leave(f"{type(error).__name__}: {error}", wait=True)
+        finally:  # whatever has come of telling them, such as an interrupt
+            self.close(f"is broken by an earlier {type(raised).__name__} in {where}", linger=tell)
         return raised
 
     def _report(self, reports: FailureReports, error: BaseException) -> BaseException:
