@@ -7,6 +7,7 @@ import contextlib
 import doctest
 import inspect
 import io
+import json
 import os
 import re
 import subprocess
@@ -19,6 +20,7 @@ import torch
 import tokenferry
 from support import documents
 from tokenferry import env
+from tokenferry.cli.main import main
 from tokenferry.cli.parser import COMMANDS
 from tokenferry.compat.deep_ep import Buffer, ElasticBuffer, EPBuffer, HybridEPBuffer
 
@@ -96,6 +98,46 @@ def run_program(file: str, text: str, *command: str) -> str:
 def test_code_runs(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_blocks(path)
+
+
+def test_the_program_with_checkpoints_runs_on_one_rank_too(tmp_path, monkeypatch):
+    """There parameters of experts are no DTensors."""
+    monkeypatch.chdir(tmp_path)
+    page = documents.blocks((documents.ROOT / "docs" / "training.md").read_text())
+    (program,) = (block.text for block in page if block.text.startswith("# checkpoint.py"))
+    run_program("checkpoint.py", program, *torchrun(1))
+
+
+FORBIDDEN_BEGINNING = re.compile(
+    r"(?:^|\n\n|(?<=[.!?:]\s)|(?<=[.!?]\)\s)|(?<=\n[-*] )|(?<=\n\d\. )|(?<=\| )|(?<=\()|(?<=\*\*))"
+    r"(?:Who|What|Of)\b[^\n]{0,60}"
+)
+SENTENCES = [path for path in documents.FILES if path.name != "NOTES.md"]
+"""Documents in the style of CONTRIBUTING.md; NOTES.md has reports, which stay as they were written."""
+
+
+@pytest.mark.parametrize("path", SENTENCES, ids=documents.name)
+def test_sentences_begin_as_contributing_asks(path):
+    text = re.sub(r"^#.*$", "", documents.prose(path.read_text()), flags=re.MULTILINE)
+    found = [one[0].strip() for one in FORBIDDEN_BEGINNING.finditer(text) if one[0].strip() != "What next](#what-next)"]
+    assert found == [], f"{documents.name(path)}: sentences begin with Who, What or Of"
+
+
+def test_forbidden_sentences_are_found():
+    text = "Fine. What is not\nfine. Of these\n\n- Who is it?\n- **What fits**\n\n| a | What |\n\nWhatever. Office."
+    assert [one[0].split()[0] for one in FORBIDDEN_BEGINNING.finditer(text)] == ["What", "Of", "Who", "What", "What"]
+
+
+def test_the_buffers_beside_deep_eps_hint(capsys):
+    """docs/coming-from-deepep.md says how many times as large the hint is as the buffers of the command."""
+    page = (documents.ROOT / "docs" / "coming-from-deepep.md").read_text()
+    words, times = re.search(
+        r"`tokenferry (plan [^`]*)` shows the buffers.*?is (\d+) times as large", page, re.S
+    ).groups()
+    assert main([*words.split(), "--json", "-"]) == 0
+    found = json.loads(capsys.readouterr().out)["estimate"]
+    ratio = found["deep_ep_v1"]["buffer_bytes"] / found["decoding"]["memory"]["network_bytes"]
+    assert int(ratio) == int(times)
 
 
 def test_documents_that_promise_code_have_some():
