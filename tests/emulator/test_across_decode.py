@@ -467,6 +467,22 @@ def calls_of_other_kinds(rank: int, pg: None, pair: EmulatedPair, kinds: tuple[s
         return str(caught.value)
 
 
+def first_calls_of_other_kinds(rank: int, pg: None, pair: EmulatedPair) -> str:
+    """One node makes its first decode call, about whose memory nodes agree; return what a rank raises."""
+    with pair.open(pg, SHAPE, timeout_s=10.0) as group:
+        with pytest.raises(MismatchError) as caught:  # noqa: PT012 - some raise with the next call
+            CALLS[("decode_dispatch", "dispatch")[rank // 2]](group, None)
+            group.synchronize()
+        assert group._backend.broken
+        pair.barrier()
+        return str(caught.value)
+
+
+def test_a_first_decode_call_meets_another_call(run_both):
+    for text in run_both(4, first_calls_of_other_kinds, ranks_per_node=2):
+        assert "different calls" in text
+
+
 @pytest.mark.parametrize(
     "kinds", [("decode_dispatch", "fast decode_combine"), ("exact decode_combine", "dispatch"), ("hooks", "dispatch")]
 )

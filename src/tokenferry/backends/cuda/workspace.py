@@ -265,7 +265,10 @@ class Workspaces:
         shared = self._share(call, sizes, 0 if workspace is None else workspace.block.offset)
         first = context.flight_recorder.first_rank
         without = [first + rank for rank, offset in shared.offsets.items() if not offset]
-        where, full_nodes = f"rank(s) {without}", [] if self._agree is None else self._agree(call, not without)
+        where, full_nodes = f"rank(s) {without}", list[int]()
+        if self._agree is not None:
+            with context.breaking_off():
+                full_nodes = self._agree(call, not without)
         if full is not None:
             try:
                 raise full

@@ -172,6 +172,20 @@ class Crossing:
         verdicts: list[int] = words[:, 0].tolist()
         return verdicts
 
+    def nodes_without(self, call: Call, has_room: bool) -> list[int]:
+        """Return the nodes whose ranks lack memory for a call; see `MessageRails.nodes_without`.
+
+        What ranks say about the call goes first, as in any exchange that begins one, so that different calls meet.
+
+        Raises:
+            MismatchError, PeerTimeout: as `counts`.
+        """
+        words, _ = self.new_words(1, 0)
+        said = torch.full((self._num_nodes, 1), int(has_room), dtype=torch.int32, device=self._context.device)
+        self.announce(call, words, Chunks(1, 0), said.data_ptr(), 0, 0)
+        found = self.counts(call, words, self.open(call, words), int(has_room))
+        return [node for node, has in enumerate(found) if not has]
+
     def routing(self, call: Call, routing: CrossingRouting, words: Words, *, opens: bool) -> Transfer | None:
         """Exchange what tokens carry, with all nodes at once; return the exchange, or None if nothing crosses.
 

@@ -91,7 +91,8 @@ class MessageRails(ABC):
             has_room: Whether all ranks of this node have, which all of them know.
 
         Raises:
-            PeerTimeout: a rank across from this one did not answer in time.
+            MismatchError: a rank across from this one has made another call.
+            PeerTimeout: one did not answer in time.
         """
 
     @abstractmethod
@@ -122,7 +123,7 @@ class ExchangedMessages(MessageRails):
 
     def nodes_without(self, call: Call, has_room: bool) -> list[int]:
         """See `MessageRails.nodes_without`."""
-        return [node for node, has in enumerate(self._crossing.verdicts(call, has_room)) if not has]
+        return self._crossing.nodes_without(call, has_room)
 
     def exchange(self, call: Call, messages: Messages, kept: object, patience: float) -> Transfer:
         """See `MessageRails.exchange`."""
