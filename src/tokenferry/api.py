@@ -610,7 +610,7 @@ class ExpertGroup(Connected):
                 and ``hook()`` waits for them; across nodes until the ranks of this node have called theirs or made
                 another call. CUDA: returns at once, and so does ``hook()``; the first decode call of
                 these sizes allocates memory together with the ranks that are not masked, and waits for them for at
-                most ``timeout_s``.
+                most ``timeout_s``, across nodes once for those of its node and once for the others.
             Stream: CUDA: torch's current stream, on all SMs. With ``return_hook=True`` the call only sends, ``hook()``
                 receives on the stream that is current then, and no SM is occupied in between. Any number of hooks may
                 be pending: before a third call overwrites rows that have not been received, the oldest are received;

@@ -78,7 +78,7 @@ def test_the_report_of_explain_has_the_numbers_of_its_table(capsys, tmp_path):
         assert line.split()[-5:] == [
             str(call["row_bytes"]),
             f"{call['bytes_out'] / 1e6:.2f}",
-            f"{call['us_at_least']:.1f}",
+            f"{call['us_at_link_gbps']:.1f}",
             str(call["num_sms"]),
             f"{call['us']:.1f}",
         ]

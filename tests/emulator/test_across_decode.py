@@ -214,12 +214,12 @@ def count_bytes(rank: int, pg: None, pair: EmulatedPair) -> list[int]:
     with pair.open(pg, replace(SHAPE, hidden=512, node_slots=3)) as group:
         rails, x, counted = group._backend._rails, torch.ones(2, 512, dtype=torch.bfloat16), []
         routing = Routing(INPUTS[1].topk_idx, torch.ones(2, 2))
-        group.decode_dispatch(x, routing, quantize=Scale.FLOAT32)  # nodes agree about the memory that it makes
-        before = rails.num_bytes
 
         def count() -> None:
-            counted.append(rails.num_bytes - before - sum(counted))
+            counted.append(rails.num_bytes - sum(counted))
 
+        group.decode_dispatch(x, routing, quantize=Scale.FLOAT32)  # nodes agree about the memory that it makes
+        count()
         sent = group.decode_dispatch(x, routing, quantize=Scale.FLOAT32)
         count()
         y = torch.ones(*sent.x.data.shape, dtype=torch.bfloat16)
@@ -235,7 +235,8 @@ def test_as_much_crosses_as_there_are_slots(run):
     dispatch = header + slots * (512 + 16 + 16) + state
     sums = header + state + slots * 2 * 512
     fp8 = header + state + slots * 33 * 16
-    assert run(4, count_bytes, ranks_per_node=2) == [[dispatch, sums + slots * 2 * 4, sums, fp8]] * 4
+    expected = [header + dispatch, dispatch, sums + slots * 2 * 4, sums, fp8]
+    assert run(4, count_bytes, ranks_per_node=2) == [expected] * 4
 
 
 # ---------------------------------------------------------------------- counters
@@ -259,15 +260,16 @@ def test_counters_are_added_to(run):
 
 
 CAPTURE = threading.local()
-"""``CAPTURE.on``: whether a thread captures a CUDA graph."""
+"""``CAPTURE.on``: whether a thread captures a CUDA graph; ``CAPTURE.first``: whether calls make memory."""
 
 
 def captured(rank: int, pg: None, pair: EmulatedPair) -> None:
     """A capture does not receive what belongs outside of it; and the host waits for nothing."""
-    CAPTURE.on = False
+    CAPTURE.on, CAPTURE.first = False, True
     with pair.open(pg, SHAPE) as group:
         y = torch.ones(2, 16, 16)
         group.decode_combine(y, group.decode_dispatch(*INPUTS).plan)
+        CAPTURE.first = False  # nodes have agreed about memory
         pending = group.decode_dispatch(*INPUTS, return_hook=True)
         CAPTURE.on = True
         with pytest.raises(ArgumentError, match="the hook of an earlier decode_dispatch has to be called before"):
@@ -294,15 +296,15 @@ def eager_stream(streams: HostStreams) -> int | None:
 def test_calls_that_a_graph_captures(run_both):
     wait = QueueTransfer.wait
 
-    def wait_outside(transfer: QueueTransfer) -> None:
-        assert not CAPTURE.on, "the host waits"
+    def wait_at_first(transfer: QueueTransfer) -> None:
+        assert CAPTURE.first, "the host waits"
         wait(transfer)
 
     with (
         mock.patch.object(HostStreams, "capture", capture_of),
         mock.patch.object(HostStreams, "eager", eager_stream),
         mock.patch.object(Context, "wait_for_words", side_effect=AssertionError("the host waits")),
-        mock.patch.object(QueueTransfer, "wait", wait_outside),
+        mock.patch.object(QueueTransfer, "wait", wait_at_first),
     ):
         run_both(2, captured, ranks_per_node=1)
 

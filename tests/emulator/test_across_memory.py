@@ -48,10 +48,11 @@ def without_room(rank: int, threads: None, pair: EmulatedPair, name: str) -> Non
             assert torch.equal(call(), expected)
 
 
+@pytest.mark.parametrize("per_node", [1, 2])
 @pytest.mark.parametrize("name", ["redispatch", "combine", "dispatch, rows", "dispatch, experts"])
-def test_a_full_heap_is_found_before_anything_is_sent(run, name):
+def test_a_full_heap_is_found_before_anything_is_sent(run, name, per_node):
     """So that the group stays whole, and the other ranks wait for the call that comes."""
-    run(2, without_room, name, ranks_per_node=1)
+    run(2 * per_node, without_room, name, ranks_per_node=per_node)
 
 
 def decode_without_room(rank: int, threads: None, pair: EmulatedPair) -> str:

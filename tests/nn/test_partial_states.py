@@ -226,3 +226,28 @@ def resume(rank, pg, folder):
 def test_frozen_experts_that_have_moved_are_not_forgotten(worlds, tmp_path):
     for errors in worlds(2).run(resume, str(tmp_path)):
         assert len(errors) == 3
+
+
+class Remembers(Router):
+    """A router with a state of its own."""
+
+    def get_extra_state(self):
+        return self.kept
+
+    def set_extra_state(self, state):
+        self.kept = state
+
+
+@pytest.mark.parametrize("state", [torch.tensor(3.0), torch.arange(4).flip(0), torch.empty(4, device="meta")])
+def test_the_state_of_a_router_of_ones_own_is_not_read(state):
+    with group_of() as group:
+        one, two = (MoELayer(group, 8, router=Remembers(16, 4, 2)) for _ in range(2))
+        one.router.kept, two.router.kept = state, None
+        two.load_state_dict(one.state_dict())
+        assert two.router.kept is state
+        plain = MoELayer(group, 8)
+        if state.shape == (4,) and not state.is_meta:
+            with pytest.raises(tokenferry.ConfigError, match="make it with a PlacedRouter"):
+                plain.load_state_dict(one.state_dict(), strict=False)
+        else:
+            plain.load_state_dict(one.state_dict(), strict=False)

@@ -154,3 +154,26 @@ def test_transforms_of_torch_func_are_named(worlds):
         for message in errors:
             assert "transforms of torch.func, and torch.vmap, do not work with experts that are spread over" in message
             assert message.endswith("use torch.autograd.grad or .backward()")
+
+
+def inside_of_transforms(rank: int, pg: dist.ProcessGroup) -> None:
+    """A layer whose gradients nobody asks for, within what is transformed."""
+    with tokenferry.ExpertGroup(pg, SHAPE, backend="cpu") as group, torch.no_grad():
+        layer, x = model_of(group)[1], rows(rank)
+        y = layer(x)
+        value, tangent = torch.func.jvp(lambda t: t * layer(x), (x,), (torch.ones_like(x),))
+        assert torch.equal(value, x * y)
+        assert torch.equal(tangent, y)
+
+        def product(t: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                frozen = layer(x)
+            return (t * frozen).sum()
+
+        assert torch.equal(torch.func.grad(product)(x), y)
+        scaled = torch.vmap(lambda scale: scale * layer(x))(torch.arange(2.0))
+        assert torch.equal(scaled[1], y)
+
+
+def test_frozen_layers_may_stand_inside_of_transforms(worlds):
+    worlds(2).run(inside_of_transforms)

@@ -66,6 +66,8 @@ class NodeKernel(SilentKernel):
             headers = (ctypes.c_int32 * (2 * RAIL_WORDS)).from_address(params.headers)
             row = [*list(params.handshake)[:SIGNATURE_WORDS], *[0] * (RAIL_WORDS - SIGNATURE_WORDS)]
             row[ROWS_WORD] = self._words[1][0]
+            if name == "across_open" and params.goes:
+                row[ROWS_WORD] = ctypes.c_int32.from_address(params.goes).value
             headers[:] = [ctypes.c_int32(w & 0xFFFFFFFF).value for w in row] * 2
 
 

@@ -18,7 +18,7 @@ def trained_part(parameter: Any) -> Tensor:  # noqa: ANN401 - a DTensor
     comes of the weights of experts, without a word where they have other parts. Compiled code has none anyway.
     """
     part: Tensor
-    if _TO_LOCAL_ONCE and not torch.compiler.is_compiling():
+    if _TO_LOCAL_ONCE and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         part = _TrainedPart.apply(parameter)  # type: ignore[no-untyped-call]
     else:
         part = parameter.to_local()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -76,9 +76,15 @@ def refuse_width(x: Tensor, hidden: int) -> None:
     )
 
 
-def check_transforms() -> None:
-    """Raise ArgumentError inside of torch.func and torch.vmap, which cannot take a part of a DTensor. Local."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+def check_transforms(weights: Iterable[Tensor]) -> None:
+    """Raise ArgumentError where torch.func or torch.vmap would transform a part of a DTensor, which it cannot. Local.
+
+    A layer whose gradients nobody asks for may stand inside of a transform of something else.
+    """
+    functorch = torch._C._functorch
+    if functorch.peek_interpreter_stack() is None:
+        return
+    if torch.is_grad_enabled() or any(map(functorch.is_functorch_wrapped_tensor, weights)):
         raise ArgumentError(
             "MoELayer: experts: transforms of torch.func, and torch.vmap, do not work with experts that are spread "
             "over ranks; use torch.autograd.grad or .backward()"

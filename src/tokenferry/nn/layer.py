@@ -344,7 +344,7 @@ class MoELayer(nn.Module):
         if not self._sharded:
             return weights
         if not torch.compiler.is_compiling():
-            check_transforms()
+            check_transforms(weights.values())
             if not weights:
                 refuse_replaced(self.experts)
         late = not_sharded(weights)

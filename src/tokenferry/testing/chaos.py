@@ -276,9 +276,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--keep-going", action="store_true", help="run on after a promise was broken")
     args = parser.parse_args(argv)
     check_nodes(parser, args.ranks, args.ranks_per_node)
-    check_gpus(parser, args.device)
     if args.ranks_per_node is not None and (args.transport != "both" or args.device != "cpu"):
         parser.error("--ranks-per-node: nodes of CPUs use both transports; leave out --transport and --device")
+    check_gpus(parser, args.device)
     what = Soak(args.seed, args.ranks, args.device, args.transport, args.ranks_per_node)
     adopt_orphans()
     torch.backends.cpu.get_cpu_capability()  # looked up once, from a file that a starved rank cannot open

@@ -321,7 +321,8 @@ class ProcessGroupTransport:
         if len(queue) >= MOST_AWAITED:
             left = self._receive_header(peer, queue[0], call, deadline, [peer])
             if left is not None:
-                raise copy.copy(left)  # not the variable: what is raised holds this frame
+                # Not the variable: what is raised holds this frame.
+                raise copy.copy(left) from left.__cause__
 
     def _post_to(self, peer: int, current: _InFlight, header: tuple[int, ...], body: Tensor) -> None:
         number, call, queue = self._next_numbers[peer], current.call, self._incoming[peer]

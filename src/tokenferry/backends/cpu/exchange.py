@@ -343,6 +343,7 @@ class Exchange:
     def _forget(self, reason: str) -> None:
         """End the group in a forked child, without a sign to its peers. The transport closes its own descriptors."""
         self.broken = self.broken or reason
+        self.entrance = Entrance()  # another thread may have been inside, which the child does not have
 
     def close(self, why: str, *, linger: bool) -> None:
         """Close the transport, which the peers notice; with ``linger``, only after they have what was sent."""

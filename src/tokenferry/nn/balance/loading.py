@@ -29,12 +29,12 @@ def refuse_half_state(layer: MoELayer, state: dict[str, Any], prefix: str, *_: o
     if isinstance(router, PlacedRouter) and isinstance(slots, Tensor) and slots.shape != router._slots.shape:
         return  # the router says what is wrong
     slots = slots if isinstance(slots, Tensor) else None  # such as the mark of torch where a full state has none
+    if not isinstance(router, PlacedRouter):
+        _refuse_slots_without_router(layer, place, slots, any(begin + name in state for name in weights))
+        return
     given = {name: state.get(begin + name) for name in weights}
     fresh = [name for name, value in given.items() if value is not None and value is not weights[name]]
     found = None if slots is None else slots.tolist()
-    if not isinstance(router, PlacedRouter):
-        _refuse_slots_without_router(layer, place, found if fresh else None)
-        return
     if found is None and fresh:
         _refuse_experts_without_slots(router, begin, place)
     in_place = _is_same_memory(slots, router._slots)
@@ -65,11 +65,14 @@ def _refuse_experts_without_slots(router: PlacedRouter, begin: str, place: str) 
         )
 
 
-def _refuse_slots_without_router(layer: MoELayer, place: str, found: list[int] | None) -> None:
+def _refuse_slots_without_router(layer: MoELayer, place: str, slots: Tensor | None, has_experts: bool) -> None:
     """Raise ConfigError if the experts of a placed layer would come into one that sends tokens by their numbers."""
-    takes = getattr(type(layer.router), "set_extra_state", None) not in (None, torch.nn.Module.set_extra_state)
-    num_slots = layer.group.shape.num_experts
-    if found is not None and not takes and len(found) == num_slots and found != list(range(num_slots)):
+    if slots is None or not has_experts or slots.shape != (layer.group.shape.num_experts,) or slots.is_meta:
+        return
+    if getattr(type(layer.router), "set_extra_state", None) not in (None, torch.nn.Module.set_extra_state):
+        return  # it is the router's own
+    found = slots.tolist()
+    if found != list(range(len(found))):
         raise ConfigError(
             f"MoELayer: load_state_dict: {place} says that the slots hold the experts {found}, and this layer has them "
             "in the order of their numbers; make it with a PlacedRouter, or rebalance the layer before it is saved"

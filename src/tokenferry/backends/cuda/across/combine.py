@@ -140,19 +140,19 @@ class AcrossCombiner:
         others = sums_at + num_in * pitch
         own = others + num_out * pitch
         own_weights = 0 if weights is None else own + num_tokens * form.widths.row
+        empty, weights_out = self._context.empty, None
+        if biases:
+            biases = tuple(map(aligned, biases))
+        if out is None:
+            out = empty((num_tokens, inside.columns), (inside.columns, 1), inside.dtype)
+        if weights is not None:
+            weights_out = empty((num_tokens, inside.top_k), (inside.top_k, 1), torch.float32)
         with self._breaking_off:  # peers wait for this rank
             # Sums go back where tokens came from.
             opening = crossing.announce(call, words, form.chunks, along.came, along.went, src_counts)
             transfers = self._send_sums(form, call, along, source, swaps, opening, sums_at)
             here = along.segments.get(relay.node) or along.segment(relay.node)
             self._inside.add_up(inside, call, source, here, Sums(own, weights_out=own_weights))
-            empty, weights_out = self._context.empty, None
-            if biases:
-                biases = tuple(map(aligned, biases))
-            if out is None:
-                out = empty((num_tokens, inside.columns), (inside.columns, 1), inside.dtype)
-            if weights is not None:
-                weights_out = empty((num_tokens, inside.top_k), (inside.top_k, 1), torch.float32)
             home = Home(own, own_weights, others, biases, out, weights_out)
             self._collect(form, call, along, opening, transfers, home)
         return Combined(out, weights_out)

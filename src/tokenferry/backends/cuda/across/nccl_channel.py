@@ -196,7 +196,7 @@ def connect(make: Callable[[], NcclChannel], timeout_s: float) -> NcclChannel:
     """
     made: list[NcclChannel] = []
     failures: list[Exception] = []
-    ended, late = threading.Event(), threading.Event()
+    ended, late, aborted = threading.Event(), threading.Event(), threading.Event()
     deciding = threading.Lock()  # which of the two comes first
 
     def run() -> None:
@@ -209,6 +209,7 @@ def connect(make: Callable[[], NcclChannel], timeout_s: float) -> NcclChannel:
         with deciding:
             ended.set()
         if late.is_set():
+            aborted.wait()  # which may still use the streams
             _discard(made)
 
     thread = threading.Thread(target=run, name="tokenferry-connect", daemon=True)
@@ -218,8 +219,11 @@ def connect(make: Callable[[], NcclChannel], timeout_s: float) -> NcclChannel:
         if not ended.is_set():
             late.set()
     if late.is_set():
-        for channel in made:
-            channel.abort()  # which ends the greeting; the thread closes it
+        try:
+            for channel in made:
+                channel.abort()  # which ends the greeting; the thread closes it
+        finally:
+            aborted.set()
         raise NcclError(f"connecting the ranks of a rail did not end within {timeout_s:.0f} s")
     if failures:
         _discard(made)

@@ -385,7 +385,8 @@ def _look_after(
                 time.sleep(_POLL_S)
         except RuntimeError as error:  # CUDA's; from now on `check` finds nothing to look at
             assert found is not None
-            found.fail(error)
+            with suppress(Exception):  # whatever becomes of telling others: the channel has to be closed
+                found.fail(error)
     for look in looks:  # it reads the memory of calls
         look.join(_CLOSE_S)
     channel.close()
