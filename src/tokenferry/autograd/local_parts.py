@@ -15,7 +15,8 @@ def trained_part(parameter: Any) -> Tensor:  # noqa: ANN401 - a DTensor
     """Return what this rank holds of a DTensor, for products; differentiable any number of times.
 
     That is ``to_local()``, but for torch 2.11, whose gradient of it has none itself: second derivatives would lack what
-    comes of the weights of experts, without a word where they have other parts. Compiled code has none anyway.
+    comes of the weights of experts, without a word where they have other parts. Compiled code has none anyway, and
+    where no gradients are made ``to_local()`` may stand inside of a transform of torch.func, which a Function may not.
     """
     part: Tensor
     if _TO_LOCAL_ONCE and torch.is_grad_enabled() and not torch.compiler.is_compiling():

@@ -209,7 +209,7 @@ def connect(make: Callable[[], NcclChannel], timeout_s: float) -> NcclChannel:
         with deciding:
             ended.set()
         if late.is_set():
-            aborted.wait()  # which may still use the streams
+            aborted.wait(timeout_s)  # the other thread may still use the streams
             _discard(made)
 
     thread = threading.Thread(target=run, name="tokenferry-connect", daemon=True)
