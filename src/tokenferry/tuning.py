@@ -73,11 +73,14 @@ NCCL_SMS = 16
 must not keep NCCL from what a rank of another node waits for."""
 
 RAIL_CHUNK_BYTES = 8 << 20
-"""Least bytes of a chunk between nodes. A card of 100 GB/s takes 84 us for so many, and a slow host as long for a chunk
-(an exchange and two launches). Shorter ones wait for the host. NVLink takes 25 us, and so does a GPU for a chunk by
-itself (H200)."""
+"""Least bytes of the largest chunk between nodes. A card of 100 GB/s takes 84 us for so many, and a slow host as long
+for a chunk (an exchange and two launches). Shorter ones wait for the host. NVLink takes 25 us, and so does a GPU for a
+chunk by itself (H200)."""
 MOST_RAIL_CHUNKS = 8
-"""Most chunks between two nodes: the last one is passed on when the network is done, which takes an eighth then."""
+"""Most chunks between two nodes; so many hide all but a thousandth."""
+RAIL_CHUNK_RATIO = 3
+"""How many times as large a chunk between nodes is as the next smaller one. NVLink moves what comes from a node of
+eight over a card of 50 GB/s in a third of the time that the card takes."""
 ROUTING_AT_ONCE_BYTES = 1 << 20
 """Most bytes of a routing of M tokens for all other nodes that crosses along with the headers of a dispatch, used or
 not. A network card of 400 Gb/s takes 21 us for so many, one of 200 Gb/s 42; headers in an exchange of their own, for
@@ -318,28 +321,61 @@ def _push_sms(shape: MoeShape, topology: Topology) -> tuple[int, str]:
     )
 
 
-def rail_chunks(max_tokens: int, row_bytes: int) -> tuple[int, int]:
-    """Return in how many chunks the rows for one node cross, and the most tokens of one. Pure.
+def tokens_for_node(shape: MoeShape, num_nodes: int) -> int:
+    """Return how many of M tokens of a rank go to the same other node if experts are chosen evenly, rounded up. Pure.
+
+    With `MoeShape.max_nodes` they are at most so many of the nodes.
+    """
+    share = 1 - (1 - 1 / num_nodes) ** shape.top_k
+    if shape.max_nodes is not None:
+        share = min(share, shape.max_nodes / num_nodes)
+    return math.ceil(shape.max_tokens * share)
+
+
+def rail_chunks(num_tokens: int, row_bytes: int, ranks_per_node: int) -> tuple[int, ...]:
+    """Return the first token of each chunk in which about so many tokens of a node cross, the largest one first. Pure.
 
     One chunk is passed on while the next one crosses. ``row_bytes``: of a row without its scales.
 
-    Each of n chunks costs as much by itself as NVLink takes for RAIL_CHUNK_BYTES. When the network is done the last one
-    is left to pass on, each row to about two ranks of its node: 2 B / n of B bytes. Both together are least for
-    n = sqrt(2 B / RAIL_CHUNK_BYTES).
+    When the network is done the last chunk is left to pass on: each row goes to about two ranks of its node, or is
+    copied in a tenth of the time where a node has one rank. So the last one should be short, but each costs as much by
+    itself as NVLink takes for RAIL_CHUNK_BYTES. Each is a third of the one before, which is passed on meanwhile; the
+    best of such numbers of chunks is taken.
     """
-    smallest = max_tokens * row_bytes / RAIL_CHUNK_BYTES
-    num = max(1, min(int(smallest), round(math.sqrt(2 * smallest)), MOST_RAIL_CHUNKS))
-    return num, -(-max_tokens // num)
+    num, ratio = _num_rail_chunks(num_tokens, row_bytes, ranks_per_node), RAIL_CHUNK_RATIO
+    whole = ratio**num - 1  # the last chunk has ratio - 1 of so many parts
+    firsts = {round(num_tokens * (whole - ratio ** (num - i) + 1) / whole) for i in range(num)}
+    return tuple(sorted(first for first in firsts if first < num_tokens)) or (0,)
 
 
-def why_rail_chunks(max_tokens: int, row_bytes: int) -> str:
+def _num_rail_chunks(num_tokens: int, row_bytes: int, ranks_per_node: int) -> int:
+    units = num_tokens * row_bytes / RAIL_CHUNK_BYTES
+    passed_on = units * (2 if ranks_per_node > 1 else 0.2)
+
+    def cost(num: int) -> float:
+        return num + passed_on * _share(0, num)
+
+    num = 1
+    while num < MOST_RAIL_CHUNKS and _share(num, num + 1) * units >= 1 and cost(num + 1) < cost(num):
+        num += 1
+    return num
+
+
+def _share(i: int, num: int) -> float:
+    """Return the share of a chunk between nodes, of so many, of which the shortest one has number 0."""
+    ratio = float(RAIL_CHUNK_RATIO)
+    return ratio**i * (ratio - 1) / (ratio**num - 1)
+
+
+def why_rail_chunks(num_tokens: int, row_bytes: int, ranks_per_node: int) -> str:
     """Return the reason for their number. Pure."""
-    num, _ = rail_chunks(max_tokens, row_bytes)
-    if num == MOST_RAIL_CHUNKS:
-        return f"more than {num} would hide little more, since only the last one is passed on when the network is done"
-    if num >= max_tokens * row_bytes // RAIL_CHUNK_BYTES:
-        return f"shorter ones than {RAIL_CHUNK_BYTES >> 20} MiB would cross faster than the host can start the next"
-    return "one more would cost as much as it saves of the last one, which is passed on when the network is done"
+    num = _num_rail_chunks(num_tokens, row_bytes, ranks_per_node)
+    if _share(num, num + 1) * num_tokens * row_bytes < RAIL_CHUNK_BYTES:
+        return (
+            f"if the largest had less than {RAIL_CHUNK_BYTES >> 20} MiB, it would cross faster than the host can start "
+            "the next"
+        )
+    return "one more would cost as much as it saves of the shortest one, which is passed on while no other crosses"
 
 
 def routing_at_once(max_tokens: int, token_bytes: int, num_others: int) -> bool:

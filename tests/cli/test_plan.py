@@ -46,9 +46,11 @@ def test_a_large_cluster(capsys):
     ]
     assert "throughput dispatch       70     4573     642      123     20   4786       4716   network" in out
     assert (
-        "dispatch: 3 chunks for each other node, of up to 1366 tokens (9.79 MB), 1 with rows: 31 exchanges; "
-    ) in out
-    assert "combine: 4 chunks for each other node, of up to 1024 tokens (14.68 MB), 1 with rows: 31 exchanges" in out
+        "dispatch: 1 chunk for the last node, of about 919 tokens at most (6.59 MB), 1 with rows: 31 exchanges" in out
+    )
+    assert (
+        "combine: 2 chunks for the first node, of about 689 tokens at most (9.88 MB), 2 with rows: 32 exchanges" in out
+    )
     assert (
         "decode calls send 128 slots to each other node, of which 29.1 are filled; 0 overflows expected in a call"
         in out
@@ -66,7 +68,7 @@ def test_one_node_has_no_slots(capsys):
     out = capsys.readouterr().out
     assert "0.000 of them others (at most 0)" in out
     assert "slots" not in out
-    assert "chunks for each other node" not in out
+    assert "chunk" not in out
     assert "rows across:" not in out
     assert "DeepEP V1" not in out
 
@@ -142,8 +144,10 @@ def test_no_limit_is_named_where_there_is_none(capsys):
     assert main(["plan", "--nodes", "8", "--tokens", "1200"]) == 0
     out = capsys.readouterr().out
     assert "at most: for 8400 and 8400 rows\n" in out
-    assert "combine: 2 chunks for each other node, of up to 600 tokens (8.60 MB)" in out
-    assert "shorter ones than 8 MiB would cross faster than the host can start the next" in out
+    assert (
+        "combine: 2 chunks for the first node, of about 591 tokens at most (8.47 MB), 2 with rows: 8 exchanges" in out
+    )
+    assert "if the largest had less than 8 MiB, it would cross faster than the host can start the next" in out
 
 
 def test_skewed_routing(capsys):

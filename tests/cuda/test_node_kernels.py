@@ -1,6 +1,8 @@
 """The kernels of groups of several nodes alone: what a rank sends to other nodes, and adds up at home."""
 
+import ctypes
 import itertools
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from support.virtual_nodes import Nodes, Parcels, Split, Splitter
 from support.virtual_ranks import POISON, Ranks, ranks_of
 from tokenferry.kernels.across_check import spec as check_spec
 from tokenferry.kernels.across_open import spec as open_spec
-from tokenferry.kernels.codes import TYPES
+from tokenferry.kernels.codes import RAIL_CHUNKS, TYPES
 from tokenferry.kernels.combine_nodes import spec as sum_spec
 from tokenferry.kernels.control_block import (
     HOST_CAME_WORD,
@@ -182,21 +184,32 @@ def test_a_bad_index_of_a_token_for_too_many_nodes():
     assert (record.code, record.word, record.peer, record.seen) == (Fault.bad_routing, 0, 1, 12)
 
 
-def cut(num: int, chunks: tuple[int, int]) -> list[range]:
-    """Return the rows of each chunk, of so many in all, by the number of chunks and of their tokens."""
-    most, size = chunks
-    ends = [min(i * size, num) for i in range(most)] + [num]
-    return [range(*pair) for pair in itertools.pairwise(ends)]
+class Cut(NamedTuple):
+    """Of which node the rows cross in chunks, and the first one of each."""
+
+    node: int
+    firsts: tuple[int, ...]
+
+    def fields(self) -> dict[str, object]:
+        """Return what the kernels have of it."""
+        table = (ctypes.c_uint32 * RAIL_CHUNKS)(*self.firsts)
+        return {"chunks": len(self.firsts), "cut_node": self.node, "chunk_first": table}
+
+    def rows(self, node: int, num: int) -> list[range]:
+        """Return the rows of each chunk of a node, of so many in all."""
+        firsts = self.firsts if node == self.node else (0,)
+        ends = [min(first, num) for first in firsts] + [num]
+        return [range(*pair) for pair in itertools.pairwise(ends)]
 
 
-def parcels(parts: list[torch.Tensor], counts: list[int], chunks: tuple[int, int], pitch: int) -> torch.Tensor:
+def parcels(parts: list[torch.Tensor], counts: dict[int, int], cut: Cut, pitch: int) -> torch.Tensor:
     """Return what crosses, laid out in parcels by plain loops.
 
     ``parts``: rows, scales and weights, as bytes, in the order of nodes; ``counts``: how many rows of each node.
     """
-    out, before = torch.full((pitch * sum(counts),), POISON, dtype=torch.uint8), 0
-    for count in counts:
-        for rows in cut(count, chunks):
+    out, before = torch.full((pitch * sum(counts.values()),), POISON, dtype=torch.uint8), 0
+    for node, count in counts.items():
+        for rows in cut.rows(node, count):
             at = (before + rows.start) * pitch
             for part in parts:
                 data = part[before + rows.start : before + rows.stop].contiguous().flatten()
@@ -208,11 +221,11 @@ def parcels(parts: list[torch.Tensor], counts: list[int], chunks: tuple[int, int
     return out
 
 
-CHUNKS = [(1, 100), (3, 11), (4, 1000)]
-"""How many, and of how many tokens; of 11, the last one has to take more."""
+CUTS = [Cut(0, (0,)), Cut(0, (0, 23, 31)), Cut(3, (0, 3, 11, 12)), Cut(0, (0, 1000)), Cut(3, tuple(range(8)))]
+"""Some chunks have no rows, and the last one may have most; the node is the first or the last, or not among them."""
 
 
-@pytest.mark.parametrize("chunks", CHUNKS)
+@pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize(
     ("row_bytes", "scale_dtype", "num_scales", "lie"),
     [
@@ -224,9 +237,10 @@ CHUNKS = [(1, 100), (3, 11), (4, 1000)]
         (64, torch.float64, 3, "columns"),
     ],
 )
-def test_parcels_for_other_nodes(row_bytes, scale_dtype, num_scales, lie, chunks):
+def test_parcels_for_other_nodes(row_bytes, scale_dtype, num_scales, lie, cut):
     ranks, make, T, K = ranks_of(1), torch.Generator().manual_seed(row_bytes), 70, 3
     nodes = Nodes(12, 6, 3, 1)
+    cut = cut._replace(node=cut.node and 2)
     choices = torch.randint(-1, 12, (T, K), generator=make)
     want = Split(nodes, choices.tolist())
     x = torch.randint(256, (T, row_bytes), generator=make).to(torch.uint8)
@@ -239,8 +253,7 @@ def test_parcels_for_other_nodes(row_bytes, scale_dtype, num_scales, lie, chunks
         "dst_counts": ranks.on_device(torch.tensor(want.dst_counts)),
         "went": ranks.on_device(torch.tensor([[num, -1] for num in want.counts], dtype=torch.int32)),
         "went_stride": 2,
-        "chunks": chunks[0],
-        "chunk_tokens": chunks[1],
+        **cut.fields(),
         "num_tokens": T,
         "row_bytes": row_bytes,
         "top_k": K,
@@ -262,14 +275,14 @@ def test_parcels_for_other_nodes(row_bytes, scale_dtype, num_scales, lie, chunks
     pitch = -(-sum(part.shape[1] for part in parts) // 16) * 16
     out = ranks.poisoned(pitch * len(want.tokens_out) + 16, dtype=torch.uint8)
     ranks.run(pack_spec.SPEC, [{**fields, "out": out, "pitch": pitch}], (2, pack_spec.THREADS, 0))
-    expected = parcels([part[want.tokens_out] for part in parts], [want.counts[0], want.counts[2]], chunks, pitch)
+    expected = parcels([part[want.tokens_out] for part in parts], {0: want.counts[0], 2: want.counts[2]}, cut, pitch)
     found = out.cpu()
     assert found[:-16].equal(expected)
     assert bool((found[-16:] == POISON).all()), "too much is written"
 
 
-@pytest.mark.parametrize("chunks", CHUNKS)
-def test_parcels_of_the_room_of_all_tokens(chunks):
+@pytest.mark.parametrize("cut", CUTS)
+def test_parcels_of_the_room_of_all_tokens(cut):
     """Where counts stay on the device, as many rows cross to each node: a chunk is as long, whoever is in it."""
     ranks, room = ranks_of(1), 90
     nodes = Nodes(12, 6, 3, 1)
@@ -285,8 +298,7 @@ def test_parcels_of_the_room_of_all_tokens(chunks):
         "went": ranks.on_device(torch.tensor(want.counts, dtype=torch.int32)),
         "went_stride": 1,
         "capacity": room,
-        "chunks": chunks[0],
-        "chunk_tokens": chunks[1],
+        **cut.fields(),
         "pitch": 32,
         "out": out,
         "num_tokens": 70,
@@ -301,22 +313,22 @@ def test_parcels_of_the_room_of_all_tokens(chunks):
         for m in (0, 2):
             if slots[m] >= 0:
                 parts[0][slots[m]], parts[1][slots[m]] = x[t], weights[t].view(torch.uint8)
-    assert out.cpu().equal(parcels(parts, [room, room], chunks, 32))
+    assert out.cpu().equal(parcels(parts, {0: room, 2: room}, cut, 32))
 
 
 @pytest.mark.parametrize("num_biases", [0, 1, 2])
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_sums_at_home(dtype, num_biases):
-    check_sums(dtype, num_biases, (2, 20), weighted=True)
+    check_sums(dtype, num_biases, Cut(1, (0, 20)), weighted=True)
 
 
-@pytest.mark.parametrize("chunks", CHUNKS)
+@pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("weighted", [False, True])
-def test_chunks_of_sums_at_home(weighted, chunks):
-    check_sums(torch.bfloat16, 1, chunks, weighted=weighted)
+def test_chunks_of_sums_at_home(weighted, cut):
+    check_sums(torch.bfloat16, 1, cut, weighted=weighted)
 
 
-def check_sums(dtype: torch.dtype, num_biases: int, chunks: tuple[int, int], *, weighted: bool) -> None:
+def check_sums(dtype: torch.dtype, num_biases: int, cut: Cut, *, weighted: bool) -> None:
     """In the order of nodes, in float32, rounded once: other orders give other bits."""
     ranks, make, T, K, H = ranks_of(1), torch.Generator().manual_seed(num_biases), 90, 2, 24
     nodes = Nodes(12, 12, 4, 2)
@@ -337,7 +349,7 @@ def check_sums(dtype: torch.dtype, num_biases: int, chunks: tuple[int, int], *, 
                 sums[t] += (own if m == 2 else parts)[slot].to(wide)
                 weights[t] += (own_weights if m == 2 else parts_weights)[slot]
     out, weights_out = ranks.poisoned(T, H, dtype=dtype), ranks.poisoned(T, K, dtype=torch.float32)
-    row_bytes, counts = H * dtype.itemsize, [num for m, num in enumerate(want.counts) if m != 2]
+    row_bytes, counts = H * dtype.itemsize, {m: num for m, num in enumerate(want.counts) if m != 2}
     crossed = [parts.view(torch.uint8).view(len(parts), row_bytes)]
     if weighted:
         crossed.append(parts_weights.view(torch.uint8))
@@ -346,10 +358,9 @@ def check_sums(dtype: torch.dtype, num_biases: int, chunks: tuple[int, int], *, 
         "slots": ranks.on_device(torch.tensor(want.slots, dtype=torch.int32)),
         "dst_counts": ranks.on_device(torch.tensor(want.dst_counts)),
         "own": ranks.on_device(own),
-        "parts": ranks.on_device(parcels(crossed, counts, chunks, pitch)),
+        "parts": ranks.on_device(parcels(crossed, counts, cut, pitch)),
         "went": ranks.on_device(torch.tensor(want.counts, dtype=torch.int32)),
-        "chunks": chunks[0],
-        "chunk_tokens": chunks[1],
+        **cut.fields(),
         "pitch": pitch,
         **{f"bias{i}": ranks.on_device(bias) for i, bias in enumerate(biases)},
         "out": out,
@@ -471,13 +482,13 @@ def test_what_a_rank_says_about_a_call(has_plan):
         ranks.poisoned(rows, width, dtype=torch.int32) for rows, width in ((3, RAIL_WORDS),) * 2 + ((10, 2),)
     )
     fields = {"headers": headers, "came": came, "states": states, "num_nodes": 3, "node": 1, "handshake": HANDSHAKE}
-    fields |= {"chunks": 3, "chunk_tokens": 4}
+    fields |= Cut(2, (0, 5, 8)).fields()
     if has_plan:
         fields["goes"] = ranks.on_device(torch.tensor([3, 4, 5], dtype=torch.int32))
         fields["comes"] = ranks.on_device(torch.tensor([6, 7, 8], dtype=torch.int32))
     ranks.run(open_spec.SPEC, [fields], (1, open_spec.THREADS, 0))
     assert not came.any(), "something has come"
-    come = [-1, -1, 0, 0, 0, 0, -1, -1, 0] if has_plan else [0] * 9
+    come = [-1, 0, 0, 0, 0, 0, -1, -1, 0] if has_plan else [0] * 9
     check_start(states.cpu(), [[state] * 2 for state in come], "states")
     rows = ([3, 6], [4, 7], [5, 8]) if has_plan else [[0, 0]] * 3
     assert headers.cpu().tolist() == [[*HEADER[:SIGNATURE_WORDS], *each] for each in rows]

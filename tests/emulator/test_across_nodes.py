@@ -88,7 +88,7 @@ def in_chunks(rank: int, pg: None, pair: EmulatedPair, ranks: int) -> None:
 
 @pytest.mark.parametrize(("ranks", "per_node"), [(4, 2), (3, 1), (4, 1)])
 def test_rows_in_chunks(run, monkeypatch, ranks, per_node):
-    """More chunks than tokens, so that some are empty; tokens of one rank and node are in several."""
+    """Some are empty; tokens of one rank and node are in several. With three nodes, one step of two has chunks."""
     monkeypatch.setattr(tuning, "RAIL_CHUNK_BYTES", 64)
     run(ranks, in_chunks, ranks, ranks_per_node=per_node)
 
@@ -282,11 +282,11 @@ def in_few_chunks(rank: int, pg: None, pair: EmulatedPair, tokens: tuple[int, ..
 
 @pytest.mark.parametrize(
     ("tokens", "chunks"),
-    [((0, 0, 0, 0), 1), ((4, 0, 100, 7), 1), ((4, 300, 1, 7), 3), ((1000, 2, 0, 1), 8)],
+    [((0, 0, 0, 0), 1), ((4, 0, 100, 7), 1), ((4, 300, 1, 7), 3), ((1000, 2, 0, 1), 6)],
 )
 def test_chunks_in_which_no_rank_has_tokens_are_passed_over(run, monkeypatch, tokens, chunks):
     """All ranks of a node launch as many kernels as the one with the most tokens, in units of 128, needs."""
-    monkeypatch.setattr(tuning, "RAIL_CHUNK_BYTES", 1024 * 16 * 4 // 32)  # eight chunks of 128 tokens
+    monkeypatch.setattr(tuning, "rail_chunks", lambda num, *_: tuple(range(0, num, 128)))  # of 768 tokens: six chunks
     launches, launch = [], LaunchTemplate.launch
 
     def watched(template: LaunchTemplate, grid: int, stream: int) -> None:
@@ -647,7 +647,7 @@ def test_what_has_not_come_is_not_taken_for_good(run):
 
 def test_a_chunk_that_has_not_come_is_not_taken_for_good(run, monkeypatch):
     """The first or the second of two chunks, of rows or of sums."""
-    monkeypatch.setattr(tuning, "RAIL_CHUNK_BYTES", SHAPE.hidden * 4 // 4)  # eight chunks: one token in each
+    monkeypatch.setattr(tuning, "rail_chunks", lambda num, *_: tuple(range(num)))  # one token in each
     for which, errors in in_each(
         run, call_all, gives_up_an_exchange, [(1, False), (2, False), (3, True), (4, True)]
     ).items():

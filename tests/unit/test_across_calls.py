@@ -193,7 +193,7 @@ def test_launches_exchanges_and_waits(most):
 
 def test_sums_are_added_up_chunk_by_chunk(monkeypatch):
     """And calls are compared first: where they are different calls, the later exchanges may never end."""
-    monkeypatch.setattr(tuning, "RAIL_CHUNK_BYTES", 2 * H // 4)  # eight chunks, each of one token
+    monkeypatch.setattr(tuning, "rail_chunks", lambda num, *_: tuple(range(num)))  # each of one token
     silent = SilentNodes(MoeShape(E, K, H, 8))
     combine, joins = calls_of(silent)["combine"], []
     combine()

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from tokenferry import tuning
 from tokenferry.backends.cuda.across.decode_forms import rail_sizes
-from tokenferry.backends.cuda.across.parcels import Chunks, RowWidths
+from tokenferry.backends.cuda.across.parcels import Chunks, Expected, RowWidths, Step, Swap
 from tokenferry.backends.cuda.across.relay import fixed_relay, make_relay
 from tokenferry.compat.deep_ep.config import low_latency_rdma_size_hint
 from tokenferry.cost import calls
@@ -77,22 +78,35 @@ def test_bytes_beside_rows_are_apart():
     assert each.decoding.combine.routing_out_bytes == 3 * 128 * 4 * 8
 
 
-def simulated(network_us, own_us, relayed_us, chunks):
+def simulated(network_us, own_us, relayed_us, shares):
     """When the last chunk has passed both legs: dispatch; own rows go first over NVLink, then chunks as they arrive."""
     nvlink_free, arrived = own_us, 0.0
-    for _ in range(chunks):
-        arrived += network_us / chunks
-        nvlink_free = max(nvlink_free, arrived) + relayed_us / chunks
+    for share in shares:
+        arrived += network_us * share
+        nvlink_free = max(nvlink_free, arrived) + relayed_us * share
     return nvlink_free
 
 
-def simulated_combine(network_us, own_us, relayed_us, chunks):
+def simulated_combine(network_us, own_us, relayed_us, shares):
     """The mirror image: other nodes' chunks go first over NVLink, then over the network, and own rows last."""
     reduced = sent = 0.0
-    for _ in range(chunks):
-        reduced += relayed_us / chunks
-        sent = max(sent, reduced) + network_us / chunks
+    for share in shares:
+        reduced += relayed_us * share
+        sent = max(sent, reduced) + network_us * share
     return max(sent, reduced + own_us)
+
+
+def swaps_of(call: str, case: Case, count: int) -> list[Swap]:
+    """Return the exchanges of the calls themselves, on rank 0, if so many tokens cross to and from each other node."""
+    nodes, most = case.cluster.num_nodes, case.shape.max_tokens
+    data_bytes = case.dispatch_data_bytes if call == "dispatch" else case.combine_row_bytes
+    row_bytes = case.dispatch_row_bytes if call == "dispatch" else data_bytes
+    relay = make_relay(0, [most] + [count] * (nodes - 1), [most] + [count] * (nodes - 1), count, 0)
+    steps = [Step(step, nodes - step) for step in range(1, nodes)]
+    expected = Expected(tuning.tokens_for_node(case.shape, nodes), case.cluster.ranks_per_node)
+    chunks = Chunks.of(steps, expected, data_bytes, back=call == "combine")
+    widths = RowWidths.new(data_bytes, row_bytes - data_bytes, 0)
+    return relay.swaps(steps, chunks, widths, back=call == "combine")
 
 
 @given(
@@ -105,15 +119,17 @@ def simulated_combine(network_us, own_us, relayed_us, chunks):
 @example(3, 20_000, 0, 21_000, Links(330.0, 330.0))  # NVLink is slower, but waits for the first chunk
 @pytest.mark.parametrize("call", ["dispatch", "combine"])
 def test_the_overlap_of_chunks(call, nodes, network, own, relayed, links):
-    most = -(-network // (nodes - 1))
+    count = -(-network // (nodes - 1))
+    network, most = count * (nodes - 1), 2 * count
     case = Case(Cluster(nodes, 1), MoeShape(nodes, 1, 7168, most))
     rows = RankRows(network, network, own, own, relayed, relayed, 0)
     cost = throughput_call(call, case, [rows], links)
     nvlink_us = [count * cost.row_bytes / 330e3 for count in (own, relayed)]
     simulate = simulated if call == "dispatch" else simulated_combine
-    expected = simulate(cost.times.network_us, *nvlink_us, cost.num_exchanges)
-    # What the last of those chunks of a node completes that have rows.
-    last = most - (cost.num_exchanges // (nodes - 1) - 1) * cost.chunk_tokens
+    swaps = swaps_of(call, case, count)
+    expected = simulate(cost.times.network_us, *nvlink_us, [swap.send.num / network for swap in swaps])
+    # What the last chunk completes.
+    last = most - swaps[-1].send.first if nodes == 2 else most
     copied = 2 * network if call == "dispatch" else (network + 2 * most) * last / most
     copies = copied * cost.row_bytes / calls.COPY_GBS / 1e3
     assert cost.times.kept_us - calls.FIXED_US - copies == pytest.approx(expected)
@@ -123,22 +139,14 @@ def test_the_overlap_of_chunks(call, nodes, network, own, relayed, links):
     st.integers(2, 9), st.integers(1, 5000), st.sampled_from([128, 7168]), st.sampled_from(["fp8", "bf16"]), st.data()
 )
 @example(2, 4096, 7168, "fp8", None)
-@example(2, 576, 7168, "fp8", None)  # one chunk, and two if scales counted
+@example(2, 1553, 7168, "fp8", None)  # one chunk, and two if scales counted
 def test_rows_cross_in_as_many_exchanges_as_in_the_calls(nodes, most, hidden, rows, data):
     """The model and backends/cuda/across cut them alike, where all nodes get equally many."""
     count = most if data is None else data.draw(st.integers(1, most))
     case = Case(Cluster(nodes, 1), MoeShape(nodes, 1, hidden, most), rows=rows)
-    relay = make_relay(0, [count] * nodes, [count] * nodes, count, 0)
     crossing = RankRows(count * (nodes - 1), count * (nodes - 1))
-    for call, data_bytes, row_bytes in (
-        ("dispatch", hidden * (1 if rows == "fp8" else 2), case.dispatch_row_bytes),
-        ("combine", 2 * hidden, case.combine_row_bytes),
-    ):
-        cost, chunks = throughput_call(call, case, [crossing], LINKS), Chunks.of(most, data_bytes)
-        widths = RowWidths.new(data_bytes, row_bytes - data_bytes, 0)
-        steps = [(node, node) for node in range(1, nodes)]
-        swaps = relay.swaps(steps, chunks, widths, back=call == "combine")
-        assert (cost.num_chunks, cost.chunk_tokens) == (chunks.num, chunks.size)
+    for call in ("dispatch", "combine"):
+        cost, swaps = throughput_call(call, case, [crossing], LINKS), swaps_of(call, case, count)
         assert cost.num_exchanges == len(swaps)
         assert cost.network_out_bytes == sum(swap.send.num_bytes for swap in swaps)
         assert cost.times.network_us == pytest.approx(cost.network_out_bytes / 50e3 + 10 * len(swaps))

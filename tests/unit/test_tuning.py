@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tokenferry import topology, tuning
 from tokenferry.backends.cuda.across.decode_forms import rail_sizes
 from tokenferry.backends.cuda.workspace import bytes_of, sizes_for
 from tokenferry.errors import ConfigError
+from tokenferry.kernels.codes import RAIL_CHUNKS
 from tokenferry.tuning import Topology, travel, tune
 from tokenferry.types import MoeShape
 
@@ -229,16 +232,35 @@ def test_explain_names_the_heap_that_groups_make():
 
 
 def test_rows_between_nodes_cross_in_chunks_that_are_large_enough():
-    assert tuning.rail_chunks(128, 14336) == (1, 128)
-    assert tuning.rail_chunks(1171, 14336) == (2, 586), "16.8 MB: two chunks of 8.4 MB"
-    assert tuning.rail_chunks(4096, 7168) == (3, 1366)
-    assert tuning.rail_chunks(4096, 14336) == (4, 1024), "sqrt(14)"
-    assert tuning.rail_chunks(8192, 14336) == (5, 1639), "sqrt(28)"
-    assert tuning.rail_chunks(1 << 30, 7168) == (tuning.MOST_RAIL_CHUNKS, (1 << 30) // tuning.MOST_RAIL_CHUNKS)
-    assert tuning.rail_chunks(0, 7168) == (1, 0)
-    assert tuning.why_rail_chunks(32768, 14336).startswith("more than 8 would hide little more")
-    assert tuning.why_rail_chunks(4096, 14336).startswith("one more would cost as much as it saves")
-    assert tuning.why_rail_chunks(300, 14336).startswith("shorter ones than 8 MiB")
+    assert tuning.rail_chunks(0, 7168, 8) == (0,)
+    assert tuning.rail_chunks(128, 14336, 8) == (0,)
+    assert tuning.rail_chunks(780, 14336, 8) == (0,), "three quarters are less than 8 MiB"
+    assert tuning.rail_chunks(781, 14336, 8) == (0, 586), "3 to 1"
+    assert tuning.rail_chunks(1300, 7168, 8) == (0,)
+    assert tuning.rail_chunks(4095, 14336, 8) == (0, 2835, 3780), "9 to 3 to 1"
+    assert tuning.rail_chunks(8192, 14336, 8) == (0, 5530, 7373, 7987), "27 to 9 to 3 to 1"
+    assert tuning.rail_chunks(4096, 14336, 1) == (0, 3072), "one rank has nothing to send inside of its node"
+    assert len(tuning.rail_chunks(1 << 30, 1 << 30, 8)) == tuning.MOST_RAIL_CHUNKS
+    assert tuning.rail_chunks(3, 1 << 30, 8) == (0, 2), "none is empty"
+    assert tuning.MOST_RAIL_CHUNKS <= RAIL_CHUNKS, "kernels have room for so many"
+    assert tuning.why_rail_chunks(4096, 14336, 8).startswith("one more would cost as much as it saves")
+    assert tuning.why_rail_chunks(300, 14336, 8).startswith("if the largest had less than 8 MiB")
+
+
+@given(st.integers(0, 100_000), st.integers(1, 1 << 20), st.integers(1, 8))
+def test_chunks_between_nodes_become_shorter(num_tokens, row_bytes, ranks_per_node):
+    firsts = tuning.rail_chunks(num_tokens, row_bytes, ranks_per_node)
+    sizes = [end - first for first, end in itertools.pairwise([*firsts, num_tokens])]
+    assert firsts[0] == 0
+    assert sizes == sorted(sizes, reverse=True)
+    assert num_tokens == 0 or min(sizes) > 0
+
+
+def test_tokens_that_go_to_another_node():
+    assert tuning.tokens_for_node(MoeShape(256, 8, 7168, 4096), 2) == 4080, "all but one of 256"
+    assert tuning.tokens_for_node(MoeShape(256, 8, 7168, 4096), 8) == 2689
+    assert tuning.tokens_for_node(MoeShape(256, 8, 7168, 4096, max_nodes=4), 8) == 2048
+    assert tuning.tokens_for_node(MoeShape(256, 1, 7168, 3), 256) == 1
 
 
 def test_a_routing_crosses_with_the_headers_if_it_is_small():

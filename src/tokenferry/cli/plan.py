@@ -232,17 +232,18 @@ def _overflows(found: Estimate) -> str:
 
 
 def _chunks(found: Estimate) -> list[str]:
-    case, lines = found.case, []
+    case, lines, num_nodes = found.case, [], found.case.cluster.num_nodes
+    expected = tuning.tokens_for_node(case.group_shape, num_nodes)
     for cost, row_bytes in (
         (found.throughput.dispatch, case.dispatch_data_bytes),
         (found.throughput.combine, case.combine_row_bytes),
     ):
-        used = cost.num_exchanges // (case.cluster.num_nodes - 1)
-        size = f"of up to {cost.chunk_tokens} tokens ({cost.chunk_tokens * row_bytes / 1e6:.2f} MB)"
-        exchanges = f"{used} with rows: {several(cost.num_exchanges, 'exchange')}"
+        used, end = cost.num_exchanges - (num_nodes - 2), "last" if cost.call == "dispatch" else "first"
+        size = f"of about {cost.chunk_tokens} tokens at most ({cost.chunk_tokens * row_bytes / 1e6:.2f} MB)"
+        exchanges = f"{used} with rows: {several(cost.num_exchanges, 'exchange')} with all other nodes"
         lines.append(
-            f"{cost.call}: {several(cost.num_chunks, 'chunk')} for each other node, {size}, {exchanges}; "
-            f"{tuning.why_rail_chunks(case.shape.max_tokens, row_bytes)}"
+            f"{cost.call}: {several(cost.num_chunks, 'chunk')} for the {end} node, {size}, {exchanges}; "
+            f"{tuning.why_rail_chunks(expected, row_bytes, case.cluster.ranks_per_node)}"
         )
     return lines
 

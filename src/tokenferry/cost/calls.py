@@ -5,7 +5,7 @@ What is measured on one node is taken from benchmarks/README.md; docs/cost-model
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -94,10 +94,10 @@ class CallCost:
             weights with which the other node adds up.
         nvlink_out_bytes: Rows to other ranks of the node.
         nvlink_in_bytes: Rows from other ranks of the node.
-        num_chunks: Chunks in which the rows for a node can cross; see `tokenferry.tuning.rail_chunks`.
-        chunk_tokens: The most tokens of one.
-        num_exchanges: Exchanges in which the rows cross the network: one for each other node and each chunk that has
-            rows, if all nodes get equally many. Decode calls have one for all nodes.
+        num_chunks: Chunks in which the rows for one of the other nodes can cross; see `tokenferry.tuning.rail_chunks`.
+        chunk_tokens: Tokens of the largest one, if as many go to that node as are expected.
+        num_exchanges: Exchanges in which the rows cross the network: one for each chunk of that node that has rows,
+            and one for each other one, if all nodes get equally many. Decode calls have one for all nodes.
         times: Its time.
     """
 
@@ -161,14 +161,36 @@ class _Load:
 
 @dataclass(frozen=True, slots=True)
 class _Crossing:
-    """How the rows of a call cross; see `CallCost`."""
+    """How the rows of a call cross; see `CallCost`.
+
+    ``shares``: of the rows of the busiest rank, in the order in which they cross in a dispatch; in a combine it is the
+    other way round. ``last``: the share of the rows for a node that are in the last chunk of a combine.
+    """
 
     num_chunks: int
     chunk_tokens: int
-    num_exchanges: int
+    shares: tuple[float, ...] = ()
+    last: float = 1.0
+
+    @property
+    def num_exchanges(self) -> int:
+        return len(self.shares)
+
+    def end_us(self, network_us: float, own_us: float, relayed_us: float) -> float:
+        """Return when both legs have ended, of which one passes on what the other one has brought.
+
+        The rows of the own node fill the time until the first others are there. In a combine all is the mirror image.
+        """
+        arrived, left = 0.0, 1.0
+        end_us = own_us + relayed_us
+        for share in self.shares:
+            arrived += share
+            end_us = max(end_us, network_us * arrived + relayed_us * left)
+            left -= share
+        return end_us
 
 
-_NOTHING = _Crossing(0, 0, 0)
+_NOTHING = _Crossing(0, 0)
 
 
 def throughput_call(call: CallName, case: Case, rows: Sequence[RankRows], links: Links) -> CallCost:
@@ -188,15 +210,13 @@ def throughput_call(call: CallName, case: Case, rows: Sequence[RankRows], links:
     nvlink_us, network_us, exposed_us, crossing = _us(load.nvlink, links.nvlink_gbs), 0.0, 0.0, _NOTHING
     if peers:
         crossing = _crossing(call, case, load)
-        exchanges = crossing.num_exchanges
-        network_us = _us(load.network, links.network_gbs) + exchanges * links.network_us
+        network_us = _us(load.network, links.network_gbs) + crossing.num_exchanges * links.network_us
         relayed_us = _us(load.relayed, links.nvlink_gbs)
-        end_us = max(nvlink_us, network_us + relayed_us / exchanges, network_us / exchanges + relayed_us)
+        end_us = crossing.end_us(network_us, nvlink_us - relayed_us, relayed_us)
         # Before the first row crosses all are packed; when all sums have come those are added up that the last chunk
         # completes.
-        num_tokens, before = case.shape.max_tokens, (exchanges // peers - 1) * crossing.chunk_tokens
-        added = load.network_in + 2 * num_tokens * load.row_bytes
-        copied = 2 * load.network_out if call == "dispatch" else added * (1 - before / num_tokens)
+        added = load.network_in + 2 * case.shape.max_tokens * load.row_bytes
+        copied = 2 * load.network_out if call == "dispatch" else added * crossing.last
         exposed_us = end_us - max(nvlink_us, network_us) + _us(copied, COPY_GBS)
         if call == "dispatch":
             per_row = entry_bytes(case) / load.row_bytes
@@ -230,7 +250,7 @@ def decode_call(call: CallName, case: Case, rows: Sequence[RankRows], links: Lin
     network_us = _us(timed_bytes, links.network_gbs) + links.network_us if peers else 0.0
     exposed_us = min(network_us, nvlink_us) + _us(2 * filled, COPY_GBS)
     times = Times(0.0, network_us, nvlink_us, exposed_us, DECODE_US[call])
-    return _call_cost(call, load, beside, _Crossing(1, slots, 1) if peers else _NOTHING, times)
+    return _call_cost(call, load, beside, _Crossing(1, slots, (1.0,)) if peers else _NOTHING, times)
 
 
 def _load(call: CallName, case: Case, rows: Sequence[RankRows]) -> _Load:
@@ -251,12 +271,22 @@ def _load(call: CallName, case: Case, rows: Sequence[RankRows]) -> _Load:
 
 
 def _crossing(call: CallName, case: Case, load: _Load) -> _Crossing:
-    """Return in which chunks the rows cross: as many as M may fill, of which those without rows are left out."""
-    row_bytes = case.dispatch_data_bytes if call == "dispatch" else case.combine_row_bytes
-    num, size = tuning.rail_chunks(case.shape.max_tokens, row_bytes)
-    peers = case.cluster.num_nodes - 1
+    """Return in which chunks the rows cross; those without rows are left out."""
+    num_nodes, peers = case.cluster.num_nodes, case.cluster.num_nodes - 1
+    data_bytes = case.dispatch_data_bytes if call == "dispatch" else case.combine_row_bytes
+    expected = tuning.tokens_for_node(case.group_shape, num_nodes)
+    firsts = list(tuning.rail_chunks(expected, data_bytes, case.cluster.ranks_per_node))
+    sizes = [after - first for first, after in itertools.pairwise([*firsts, expected])]
+    if call == "combine":
+        firsts = [0, *(expected - first for first in firsts[:0:-1])]
     rows = max(load.network_out, load.network_in) / load.row_bytes / peers
-    return _Crossing(num, size, peers * max(1, min(num, math.ceil(rows / size))))
+    used = [first for first in firsts if first < rows] or [0]
+    tokens = [after - first for first, after in itertools.pairwise([*used, rows])]
+    cut = [num / rows / peers for num in tokens] if rows else [1 / peers]
+    if call == "combine":
+        cut.reverse()
+    last = 1 - used[-1] / case.shape.max_tokens if peers == 1 else 1.0
+    return _Crossing(len(firsts), max(sizes), (*[1 / peers] * (peers - 1), *cut), last)
 
 
 def _call_cost(call: CallName, load: _Load, routing_bytes: float, crossing: _Crossing, times: Times) -> CallCost:

@@ -34,4 +34,6 @@ MAX_STAGES = HEADER.constant("kMaxStages", 8, "dispatch: most buffers of a warp'
 MAX_PUSH_STAGES = HEADER.constant("kMaxPushStages", 3, "combine_push: most buffers of a pushing warp's ring")
 PIECE_BYTES = HEADER.constant("kPiece", 2048, "combine: columns that a warp sums at a time, in bytes")
 GROUP_ROWS = HEADER.constant("kGroup", 4, "combine: rows that are loaded together")
+RAIL_CHUNKS = 8
+"""Room for the chunks in which the rows of a node cross, in the params of kernels."""
 STAGES = HEADER.constant("kStages", 2, "combine: groups in a warp's ring")

@@ -62,7 +62,7 @@ class Call:
     skips_masked: bool = False
 
 
-def call_packer(spec: KernelSpec, *fields: str, waits: bool = False, last_offset: int | None = None) -> Packer:
+def call_packer(spec: KernelSpec, *fields: str | Items, waits: bool = False, last_offset: int | None = None) -> Packer:
     """Return a writer of everything in a kernel's params that differs from call to call.
 
     Its values are `Call.wait_ns`, if the kernel counts that; `Call.alive` and `Call.number`; the words of the

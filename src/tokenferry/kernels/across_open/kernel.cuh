@@ -6,7 +6,8 @@
 //          this rank; null: none. Where a decode call makes memory, goes says whether this node has room for it.
 // Writes   headers [N][kRailWords]: the signature, then these words. Also if the group is broken: peers compare what
 //          they get. What nothing has come to yet: came [N][kRailWords], the same from the ranks across, zeros; states
-//          [N][chunks][2], of each chunk of p.chunk_tokens rows that will come kNothingCame, of others 0.
+//          [N][chunks][2], of each chunk that will come kNothingCame, of others 0. Rows of p.cut_node come in chunks,
+//          which begin at the rows p.chunk_first, those of any other node in one.
 // Cost     a launch. sm_90a: <= 40 registers, 0 spills.
 // Tests    tests/cuda/test_node_kernels.py, tests/emulator/test_across_nodes.py, tests/compile.
 #include "device/sync.cuh"
@@ -19,8 +20,9 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) across_open(const _
         p.came[i] = 0;
     }
     for (u32 i = threadIdx.x; i < p.num_nodes * p.chunks; i += blockDim.x) {
-        const u32 m = i / p.chunks, first = i % p.chunks * p.chunk_tokens;
-        const bool comes = m != p.node && p.comes && first < p.comes[m];
+        const u32 m = i / p.chunks, c = i % p.chunks;
+        const bool is_chunk = c == 0 || m == p.cut_node;
+        const bool comes = m != p.node && p.comes && is_chunk && p.chunk_first[c] < p.comes[m];
         p.states[2 * i] = p.states[2 * i + 1] = comes ? kNothingCame : 0;
     }
 }

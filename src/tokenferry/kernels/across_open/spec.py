@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tokenferry.kernels.codes import RAIL_CHUNKS
 from tokenferry.kernels.describe import describe
 
 THREADS = 256
@@ -15,7 +16,8 @@ SPEC = describe(
         ("goes", "ptr:const u32"),
         ("comes", "ptr:const u32"),
         ("chunks", "u32"),
-        ("chunk_tokens", "u32"),
+        ("cut_node", "u32"),
+        ("chunk_first", f"u32[{RAIL_CHUNKS}]"),
         ("num_nodes", "u32"),
         ("node", "u32"),
     ),

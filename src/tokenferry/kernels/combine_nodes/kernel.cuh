@@ -26,7 +26,7 @@ DEV void add_chunk(const u8* from, Number (&sums)[kPerChunk]) {
 // `first`: rows of lower nodes.
 DEV const u8* part_of(const CombineNodesParams& p, u32 m, u32 row, u64 first, bool of_weights) {
     if (!p.weights_out) return p.parts + (u64)row * p.row_bytes;
-    const Spot spot = spot_of(p, (u32)(row - first), first, p.went[m]);
+    const Spot spot = spot_of(p, m, (u32)(row - first), first, p.went[m]);
     const u8* rows = p.parts + spot.start;
     return of_weights ? rows + (u64)spot.rows * p.row_bytes + (u64)spot.row * p.top_k * 4
                       : rows + (u64)spot.row * p.row_bytes;

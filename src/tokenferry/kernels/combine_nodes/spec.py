@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokenferry.kernels.codes import TYPES
+from tokenferry.kernels.codes import RAIL_CHUNKS, TYPES
 from tokenferry.kernels.describe import describe
 
 THREADS = 512
@@ -26,7 +26,8 @@ SPEC = describe(
         ("num_nodes", "u32"),
         ("node", "u32"),
         ("chunks", "u32"),
-        ("chunk_tokens", "u32"),
+        ("cut_node", "u32"),
+        ("chunk_first", f"u32[{RAIL_CHUNKS}]"),
         ("pitch", "u32"),
         ("skips", "u32"),
     ),

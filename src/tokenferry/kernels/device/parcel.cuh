@@ -1,8 +1,8 @@
 // Across nodes: where the rows that cross to another node, or from it, lie: in parcels of one chunk each. All functions
 // work on any params struct with the fields
 //
-//   chunks, chunk_tokens   the rows for a node cross in chunks of so many, at most so many of them; the last one takes
-//                          the rest
+//   chunks, cut_node       the rows of this node cross in so many chunks, those of any other node in one
+//   chunk_first            the first row of each chunk; the last one takes the rest
 //   pitch                  a parcel begins so many bytes for each row of lower nodes and chunks behind the first one
 //
 // A parcel has all rows of its chunk, then their scales, then, at a multiple of 4, their weights.
@@ -15,9 +15,17 @@ struct Spot {
     u32 rows;   // of the parcel
 };
 
-// Returns the spot of row i of the `num` rows of a node, behind `first` rows of lower nodes.
+// Returns the spot of row i of the `num` rows of node m, behind `first` rows of lower nodes.
 template <class P>
-DEV Spot spot_of(const P& p, u32 i, u64 first, u32 num) {
-    const u32 chunk = min(i / p.chunk_tokens, p.chunks - 1), begin = chunk * p.chunk_tokens, left = num - begin;
-    return {(first + begin) * p.pitch, i - begin, chunk == p.chunks - 1 ? left : min(p.chunk_tokens, left)};
+DEV Spot spot_of(const P& p, u32 m, u32 i, u64 first, u32 num) {
+    u32 begin = 0, end = num;
+    if (m == p.cut_node)
+        for (u32 c = 1; c < p.chunks; c++) {
+            if (i < p.chunk_first[c]) {
+                end = min(num, p.chunk_first[c]);
+                break;
+            }
+            begin = p.chunk_first[c];
+        }
+    return {(first + begin) * p.pitch, i - begin, end - begin};
 }

@@ -48,7 +48,7 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1)
             if (m == p.node) continue;
             const i32 row = p.slots[t * p.num_nodes + m];
             const u32 num = p.capacity ? p.capacity : p.went[m * p.went_stride];
-            if (row >= 0) pack_row(p, t, spot_of(p, (u32)(row - first), first, num));
+            if (row >= 0) pack_row(p, t, spot_of(p, m, (u32)(row - first), first, num));
             first += num;
         }
     }

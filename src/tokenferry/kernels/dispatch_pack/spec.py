@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tokenferry.kernels.codes import RAIL_CHUNKS
 from tokenferry.kernels.describe import describe
 
 THREADS = 512
@@ -29,7 +30,8 @@ SPEC = describe(
         ("went_stride", "u32"),
         ("capacity", "u32"),
         ("chunks", "u32"),
-        ("chunk_tokens", "u32"),
+        ("cut_node", "u32"),
+        ("chunk_first", f"u32[{RAIL_CHUNKS}]"),
         ("pitch", "u32"),
     ),
     max_registers=80,

@@ -13,6 +13,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from tokenferry import tuning
 from tokenferry.backends.base import (
     CombineRequest,
     DecodeCombineRequest,
@@ -29,6 +30,7 @@ from tokenferry.backends.cuda.across.dispatch import AcrossDispatcher
 from tokenferry.backends.cuda.across.fast_path import AcrossFastPath
 from tokenferry.backends.cuda.across.masks import AcrossMasks
 from tokenferry.backends.cuda.across.messages import ExchangedMessages, MessageRails
+from tokenferry.backends.cuda.across.parcels import Expected
 from tokenferry.backends.cuda.across.puts import Network, PutCrossing, PutMessages, Puts
 from tokenferry.backends.cuda.across.rails import Rails
 from tokenferry.backends.cuda.across.relay import AcrossPlan
@@ -99,13 +101,15 @@ class AcrossBackend(CudaBackend):
         self._rails = rails = links.rails
         self._puts: Puts | None = None
         rails.end_soon_if(context.pinned.mismatched)
-        max_tokens = resolved.shape.max_tokens
+        expected = Expected(
+            tuning.tokens_for_node(resolved.shape, topology.num_nodes), ranks_per_node=topology.ranks_per_node
+        )
         if links.network is None:
-            self._crossing = Crossing(context, topology, rails, max_tokens)
+            self._crossing = Crossing(context, topology, rails, expected)
             self._messages: MessageRails = ExchangedMessages(self._crossing)
         else:
             self._puts = puts = Puts(context, topology, links.network)
-            self._crossing = PutCrossing(context, topology, rails, max_tokens, puts)
+            self._crossing = PutCrossing(context, topology, rails, expected, puts)
             self._messages = PutMessages(self._crossing, puts)
         self._dispatcher = AcrossDispatcher(context, self.allocator, topology, self._crossing, key)
         self._combiner = AcrossCombiner(context, self.allocator, topology, self._crossing)

@@ -108,10 +108,11 @@ class AcrossCombiner:
         if found is None:
             row_bytes = inside.columns * inside.dtype.itemsize
             widths = RowWidths.new(row_bytes, 0, 4 * inside.top_k if weighted else 0)
-            chunks = self._crossing.chunks(row_bytes)
+            chunks = self._crossing.chunks(row_bytes, back=True)
             template = sum_template(context, topology, inside.dtype, inside.columns, inside.top_k)
-            template.params.chunks, template.params.chunk_tokens = chunks.num, chunks.size
-            template.params.pitch = widths.pitch
+            p = template.params
+            p.chunks, p.cut_node, p.pitch = chunks.num, chunks.source, widths.pitch
+            p.chunk_first[:] = chunks.table
             sms = num_sms or context.num_sms
             if chunks.num > 1:  # one crosses while another is added up
                 sms = beside_nccl(context, sms)
@@ -197,9 +198,9 @@ class AcrossCombiner:
     ) -> None:
         """Let the stream wait for all sums, check them, and add them up.
 
-        First of all it is checked who has called: others may never come. Nodes send one after the other. While the
-        chunks of the last one come, those tokens are added up whose sums are there: the place of a token among those
-        for a node is at most its own number, so that i chunks of each node have the sums of all tokens below i * size.
+        First of all it is checked who has called: others may never come. Nodes send one after the other. If the last
+        one sends chunks, those tokens are added up meanwhile whose sums are there: the place of a token among those for
+        a node is at most its own number, so that all tokens below the first one of the next chunk are complete.
         """
         crossing, done, left = self._crossing, 0, len(transfers)
         unconfirmed: Opening | None = opening
@@ -215,7 +216,7 @@ class AcrossCombiner:
                 crossing.confirm(call, opening)
                 unconfirmed = None
             if left and node == last:
-                ready = (number + 1) * form.chunks.size
+                ready = form.chunks.firsts[number + 1]
                 self._add_up(form, call, along, home, range(done, min(ready, along.whole.num_tokens)))
                 done = ready
         crossing.check(call, opening.words, opening.src_counts, opening=unconfirmed)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch import Tensor
 from tokenferry.backends.cuda.across.comparer import Comparer, HeaderAddresses
 from tokenferry.backends.cuda.across.contents import HEADER_BYTES, STATE_BYTES, CrossingRouting, Opening, Words
 from tokenferry.backends.cuda.across.launch import check_template, clock_template, open_template
-from tokenferry.backends.cuda.across.parcels import Chunks, Swap
+from tokenferry.backends.cuda.across.parcels import Chunks, Expected, Step, Swap
 from tokenferry.backends.cuda.across.rails import Part, Rails, Transfer
 from tokenferry.backends.cuda.bounded import BoundedDict
 from tokenferry.backends.cuda.buffers import section_ends
@@ -22,19 +21,6 @@ from tokenferry.backends.cuda.signature import Signature
 from tokenferry.kernels.control_block import CONTROL_BLOCK_OFFSETS, RAIL_WORDS, ROWS_WORD, SIGNATURE_WORDS
 from tokenferry.memory.tensor import tensor_at
 from tokenferry.topology import Topology
-
-
-class Step(NamedTuple):
-    """One of several exchanges of a call.
-
-    Attributes:
-        to: The node to send to.
-        source: The node to receive from.
-    """
-
-    to: int
-    source: int
-
 
 Transfers = dict[tuple[int, int], Transfer]
 """Exchanges of chunks, by the node from which one comes, and its number."""
@@ -49,7 +35,7 @@ class Crossing:
         context: Context of this rank.
         topology: The nodes.
         rails: What carries the exchanges.
-        max_tokens: M of the group.
+        expected: What rows are cut into chunks for.
 
     Attributes:
         own_state: Address of what this rank tells with its rows: whether these are valid.
@@ -59,9 +45,9 @@ class Crossing:
         rails: As given.
     """
 
-    def __init__(self, context: Context, topology: Topology, rails: Rails, max_tokens: int) -> None:
+    def __init__(self, context: Context, topology: Topology, rails: Rails, expected: Expected) -> None:
         self._context = context
-        self._max_tokens = max_tokens
+        self._expected = expected
         self._rail = topology.rail
         self._node = topology.node
         self.own_state = context.window.base + CONTROL_BLOCK_OFFSETS["stopped"]
@@ -73,7 +59,7 @@ class Crossing:
         self.others = [node for node in range(topology.num_nodes) if node != topology.node]
         self.steps = _steps(topology.node, topology.num_nodes)
         self.rails = rails
-        self._chunks: BoundedDict[int, Chunks] = BoundedDict(_MAX_CHUNKS)
+        self._chunks: BoundedDict[tuple[int, bool], Chunks] = BoundedDict(_MAX_CHUNKS)
 
     def begin(self, signature: Signature, wait_ns: int = 0, *, skip_masked: bool = False) -> Call:
         """Begin a call, as `Context.begin`.
@@ -129,7 +115,7 @@ class Crossing:
         """Write what a call along a plan says; ``chunks``: in which rows come; the others: see `Opening`."""
         self._open.pack(
             call.alive, call.number, call.signature.words,
-            words.mine, words.headers, words.states, goes, comes, chunks.num, chunks.size,
+            words.mine, words.headers, words.states, goes, comes, chunks.num, chunks.source, *chunks.table,
         )  # fmt: skip
         self._open.launch(1, call.stream)
         return Opening(words, goes, comes, src_counts, None)
@@ -182,7 +168,7 @@ class Crossing:
         """
         words, _ = self.new_words(1, 0)
         said = torch.full((self._num_nodes, 1), int(has_room), dtype=torch.int32, device=self._context.device)
-        self.announce(call, words, Chunks(1, 0), said.data_ptr(), 0, 0)
+        self.announce(call, words, Chunks.new(self.steps[0], (0,)), said.data_ptr(), 0, 0)
         found = self.counts(call, words, self.open(call, words), int(has_room))
         return [node for node, has in enumerate(found) if not has]
 
@@ -245,11 +231,11 @@ class Crossing:
             parts, compare = [], None
         return made
 
-    def chunks(self, row_bytes: int) -> Chunks:
-        """Return in which chunks rows cross."""
-        found = self._chunks.get(row_bytes)
+    def chunks(self, row_bytes: int, *, back: bool = False) -> Chunks:
+        """Return in which chunks rows cross, or with ``back`` sums."""
+        found = self._chunks.get((row_bytes, back))
         if found is None:
-            found = self._chunks[row_bytes] = Chunks.of(self._max_tokens, row_bytes)
+            found = self._chunks[row_bytes, back] = Chunks.of(self.steps, self._expected, row_bytes, back=back)
         return found
 
     def no_counts(self, src_counts: int) -> Tensor:

@@ -212,7 +212,7 @@ class AcrossDispatcher:
         with self._breaking_off:
             if went is not None:
                 relay = planner.counted_relay(relay)
-                if rows.chunks.num > 1 and relay.most > rows.chunks.size:  # ranks of this node pass on several
+                if rows.chunks.num > 1 and relay.most > rows.chunks.firsts[1]:  # ranks of this node pass on several
                     swaps = relay.swaps(steps, rows.chunks, rows.widths, back=False)
             assert swaps is not None
             passing = passing or self._begin_rows(rows, begun, relay, swaps, out)
@@ -395,7 +395,7 @@ class AcrossDispatcher:
             opening.transfer.join()
             crossing.confirm(call, opening)
             opening = None
-        if not swaps[0].whole:
+        if not swaps[-1].whole:
             no_counts = crossing.no_counts(src_counts)
             along = along._replace(no_counts=address(no_counts))
         for swap in swaps:

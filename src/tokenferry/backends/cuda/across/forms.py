@@ -15,7 +15,7 @@ from tokenferry.backends.cuda import launch
 from tokenferry.backends.cuda import plan as cuda_plan
 from tokenferry.backends.cuda.across import launch as across_launch
 from tokenferry.backends.cuda.across.crossing import Crossing
-from tokenferry.backends.cuda.across.parcels import Chunks, RoutingParcels, RowWidths, Swap, routing_bytes
+from tokenferry.backends.cuda.across.parcels import Chunks, RoutingParcels, RowWidths, Step, Swap, routing_bytes
 from tokenferry.backends.cuda.across.rails import Parts
 from tokenferry.backends.cuda.across.relay import Relay, RelayLayout, relay_layout
 from tokenferry.backends.cuda.bounded import BoundedDict
@@ -242,9 +242,7 @@ def new_across_form(group: Group, plan: PlanForm, shape: MoeShape, kind: RowKind
     )
 
 
-def sizes_of(
-    form: AcrossForm, num_ranks: int, steps: Sequence[tuple[int, int]], routing: Relay, num_sent: int
-) -> AcrossSizes:
+def sizes_of(form: AcrossForm, num_ranks: int, steps: Sequence[Step], routing: Relay, num_sent: int) -> AcrossSizes:
     """Return the sizes of a plan.
 
     Args:

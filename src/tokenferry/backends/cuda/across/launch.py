@@ -7,10 +7,11 @@ import torch
 from tokenferry.backends.cuda.across.parcels import Chunks
 from tokenferry.backends.cuda.context import Context, LaunchTemplate, call_packer
 from tokenferry.backends.cuda.launch import RowKind
+from tokenferry.jit.params import Items
 from tokenferry.kernels.across_check import spec as check_spec
 from tokenferry.kernels.across_clock import spec as clock_spec
 from tokenferry.kernels.across_open import spec as open_spec
-from tokenferry.kernels.codes import TYPES
+from tokenferry.kernels.codes import RAIL_CHUNKS, TYPES
 from tokenferry.kernels.combine_nodes import spec as sum_spec
 from tokenferry.kernels.decode_encode import spec as encode_spec
 from tokenferry.kernels.decode_open import spec as decode_open_spec
@@ -44,7 +45,10 @@ _SUM = call_packer(
     "slots", "dst_counts", "own", "parts", "own_weights", "went", "bias0", "bias1", "out", "weights_out", "num_tokens",
 )  # fmt: skip
 
-_OPEN = call_packer(open_spec.SPEC, "headers", "came", "states", "goes", "comes", "chunks", "chunk_tokens")
+_OPEN = call_packer(
+    open_spec.SPEC,
+    "headers", "came", "states", "goes", "comes", "chunks", "cut_node", Items("chunk_first", 0, RAIL_CHUNKS),
+)  # fmt: skip
 _CHECK = call_packer(
     check_spec.SPEC,
     "headers", "epoch", "since", "goes", "comes", "states", "src_counts", "num_states", "first_state", "chunks",
@@ -105,7 +109,8 @@ def pack_template(context: Context, topology: Topology, kind: RowKind, chunks: C
         p.bulk_scale_bytes = kind.scale_bytes if kind.bulk_scale else 0
         p.scale_size, p.num_scales = kind.scale_dtype.itemsize, kind.scale_columns
     p.num_nodes, p.node = topology.num_nodes, topology.node
-    p.chunks, p.chunk_tokens, p.pitch = chunks.num, chunks.size, pitch
+    p.chunks, p.cut_node, p.pitch = chunks.num, chunks.to, pitch
+    p.chunk_first[:] = chunks.table
     template.block = pack_spec.THREADS
     return template
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from tokenferry import tuning
 from tokenferry.backends.cuda.across.rails import Part
 from tokenferry.backends.cuda.launch import RowKind
+from tokenferry.kernels.codes import RAIL_CHUNKS
 
 _ALIGNMENT = 16
 _WEIGHT_BYTES = 4
@@ -39,20 +40,67 @@ class RowWidths(NamedTuple):
         return cls.new(kind.row_bytes, kind.scale_bytes, _WEIGHT_BYTES * kind.top_k if kind.weighted else 0)
 
 
-@dataclass(frozen=True, slots=True)
-class Chunks:
-    """In how many chunks the tokens for a node cross, and the most of each: the same on all ranks.
+class Step(NamedTuple):
+    """One of several exchanges of a call.
 
-    Each is passed on by kernels of all ranks of a node, whichever of them has tokens in it.
+    Attributes:
+        to: The node to send to.
+        source: The node to receive from.
     """
 
+    to: int
+    source: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """In which chunks tokens cross in one of the steps of a call; in any other step all cross in one.
+
+    They are the same on all ranks: each is passed on by kernels of all ranks of a node, whichever of them has tokens in
+    it.
+
+    Attributes:
+        to: The node to which tokens go in chunks.
+        source: The one from which they come so.
+        firsts: The first token of each chunk; the last one has all from there on.
+        table: The same, with zeros to the end, for kernels.
+        num: Their number.
+    """
+
+    to: int
+    source: int
+    firsts: tuple[int, ...]
+    table: tuple[int, ...]
     num: int
-    size: int
 
     @classmethod
-    def of(cls, max_tokens: int, row_bytes: int) -> Chunks:
-        """Return those for rows of so many bytes, in a group of M tokens a rank."""
-        return cls(*tuning.rail_chunks(max_tokens, row_bytes))
+    def new(cls, step: Step, firsts: tuple[int, ...]) -> Chunks:
+        """Return the chunks of a step, whose first tokens are given."""
+        return cls(*step, firsts, (firsts + (0,) * RAIL_CHUNKS)[:RAIL_CHUNKS], len(firsts))
+
+    @classmethod
+    def of(cls, steps: Sequence[Step], expected: Expected, row_bytes: int, *, back: bool) -> Chunks:
+        """Return those for rows of so many bytes, or with ``back`` for sums that go back where tokens came from.
+
+        Rows are passed on when they have come: the last step ends with short chunks. Sums are added up before they go:
+        the first step begins with them.
+        """
+        firsts = tuning.rail_chunks(expected.tokens, row_bytes, expected.ranks_per_node)
+        if not back:
+            return cls.new(steps[-1], firsts)
+        return cls.new(steps[0], (0, *(expected.tokens - first for first in firsts[:0:-1])))
+
+
+class Expected(NamedTuple):
+    """What chunks are cut for.
+
+    Attributes:
+        tokens: Tokens of a rank for the same other node; see `tokenferry.tuning.tokens_for_node`.
+        ranks_per_node: Ranks of a node, G.
+    """
+
+    tokens: int
+    ranks_per_node: int
 
 
 class Chunk(NamedTuple):
@@ -73,21 +121,18 @@ class Chunk(NamedTuple):
     num_bytes: int
 
     @classmethod
-    def of(cls, node: int, number: int, num_tokens: int, row: int, chunks: Chunks, widths: RowWidths) -> Chunk:
-        """Return a chunk: the last one takes what goes beyond M.
+    def of(cls, node: int, tokens: range, row: int, widths: RowWidths) -> Chunk:
+        """Return a chunk.
 
         Args:
             node: The node.
-            number: Number of the chunk.
-            num_tokens: Tokens in all chunks.
-            row: The first of them among the tokens for all nodes.
-            chunks: In which chunks they cross.
+            tokens: Its tokens among those for this node, or from there.
+            row: The first row of this node among those of all nodes.
             widths: Bytes of what crosses.
         """
         row_bytes, scale_bytes, weight_bytes, pitch = widths
-        first = number * chunks.size
-        num = num_tokens - first if number == chunks.num - 1 else min(num_tokens - first, chunks.size)
-        if num <= 0:
+        first, num = tokens.start, len(tokens)
+        if not num:
             return cls(node, 0, 0, row * pitch, 0)
         num_bytes = num * (row_bytes + scale_bytes)
         if weight_bytes:
@@ -103,7 +148,7 @@ class Swap(NamedTuple):
         recv: What comes; likewise. If neither has any, there is no exchange.
         number: Number of both chunks.
         used: Whether any rank of the own node may have tokens of other nodes in a chunk of this number.
-        whole: Whether that is so of the first one only: it has all tokens.
+        whole: Whether it has all tokens of its step on all ranks of the own node.
     """
 
     send: Chunk

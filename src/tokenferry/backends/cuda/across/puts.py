@@ -15,7 +15,7 @@ from tokenferry.backends.cuda.across.crossing import Crossing
 from tokenferry.backends.cuda.across.decode_forms import rail_sizes
 from tokenferry.backends.cuda.across.decode_sums import encoded_bytes
 from tokenferry.backends.cuda.across.messages import MessageRails, Messages
-from tokenferry.backends.cuda.across.parcels import Chunks
+from tokenferry.backends.cuda.across.parcels import Chunks, Expected
 from tokenferry.backends.cuda.across.rails import Rails, Transfer
 from tokenferry.backends.cuda.context import Call, Context, LaunchTemplate, call_packer
 from tokenferry.backends.cuda.control import write_field
@@ -313,12 +313,12 @@ class PutCrossing(Crossing):
         context: Context of this rank.
         topology: The nodes.
         rails: What carries the other exchanges.
-        max_tokens: M of the group.
+        expected: What rows are cut into chunks for.
         puts: What exchanges messages.
     """
 
-    def __init__(self, context: Context, topology: Topology, rails: Rails, max_tokens: int, puts: Puts) -> None:
-        super().__init__(context, topology, rails, max_tokens)
+    def __init__(self, context: Context, topology: Topology, rails: Rails, expected: Expected, puts: Puts) -> None:
+        super().__init__(context, topology, rails, expected)
         self._puts = puts
 
     def open(self, call: Call, words: Words) -> Transfer:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tokenferry.backends.cuda.across.parcels import Chunk, Chunks, RowWidths, Swap
+from tokenferry.backends.cuda.across.parcels import Chunk, Chunks, RowWidths, Step, Swap
 from tokenferry.backends.cuda.launch import address
 from tokenferry.backends.cuda.results import LazyPlan, PlanAddresses
 from tokenferry.kernels.codes import UNIT_TOKENS
@@ -54,12 +54,12 @@ class Relay(NamedTuple):
         """The number of nodes."""
         return len(self.came)
 
-    def swaps(self, steps: Sequence[tuple[int, int]], chunks: Chunks, widths: RowWidths, *, back: bool) -> list[Swap]:
+    def swaps(self, steps: Sequence[Step], chunks: Chunks, widths: RowWidths, *, back: bool) -> list[Swap]:
         """Return the exchanges of rows of a call, with one node after the other.
 
         Args:
-            steps: The nodes to send to and to receive from.
-            chunks: In which chunks rows cross.
+            steps: The steps.
+            chunks: In which chunks rows of one step cross.
             widths: Bytes of what crosses.
             back: Whether sums go back where tokens came from.
         """
@@ -67,15 +67,19 @@ class Relay(NamedTuple):
         if back:
             goes, comes, goes_at, comes_at = comes, goes, comes_at, goes_at
         made = []
-        used = max(1, min(chunks.num, -(-self.most // chunks.size)))
         for to, source in steps:
-            num_out, num_in = goes[to], comes[source]
-            for i in range(chunks.num):
-                if i >= used and i * chunks.size >= num_out and i * chunks.size >= num_in:
+            num_out, num_in, firsts = goes[to], comes[source], chunks.firsts if to == chunks.to else (0,)
+            is_whole = len(firsts) == 1 or self.most <= firsts[1]
+            for i, first in enumerate(firsts):
+                used = i == 0 or first < self.most
+                if not used and first >= num_out and first >= num_in:
                     break
-                go = Chunk.of(to, i, num_out, goes_at[to], chunks, widths)
-                come = Chunk.of(source, i, num_in, comes_at[source], chunks, widths)
-                made.append(Swap(go, come, i, i < used, used == 1))
+                to_end, from_end = num_out, num_in
+                if i + 1 < len(firsts):
+                    to_end, from_end = min(num_out, firsts[i + 1]), min(num_in, firsts[i + 1])
+                go = Chunk.of(to, range(first, to_end), goes_at[to], widths)
+                come = Chunk.of(source, range(first, from_end), comes_at[source], widths)
+                made.append(Swap(go, come, i, used, is_whole))
         return made
 
 
