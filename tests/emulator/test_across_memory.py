@@ -1,4 +1,7 @@
-"""A full heap, across nodes: found before anything is sent, so that the group stays whole; on the emulator."""
+"""No memory, across nodes: found before anything is sent, so that the group stays whole; on the emulator."""
+
+from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
@@ -89,3 +92,62 @@ def test_every_rank_raises_where_a_decode_call_finds_no_memory(run, per_node):
     assert "the heap is full" in full
     assert all("heap of a rank on node(s) [1] has no room" in text for text in texts[:per_node])
     assert all("heap of rank(s) [3] has no room" in text for text in texts[per_node:])
+
+
+class Allocator:
+    """Makes tensors as `Context.empty`, and counts; one of them is refused."""
+
+    def __init__(self, empty: Callable[..., torch.Tensor], refused: int | None) -> None:
+        self.empty, self.refused, self.count = empty, refused, 0
+
+    def __call__(self, *blank: object) -> torch.Tensor:
+        self.count += 1
+        if self.count - 1 == self.refused:
+            raise torch.OutOfMemoryError("none is left")
+        return self.empty(*blank)
+
+
+def without_memory_of_torch(rank: int, threads: None, pair: EmulatedPair, name: str) -> int:
+    """Each tensor of a call, one after the other, finds no memory on one rank, which makes the call again."""
+    shape = MoeShape(2 * threads.num_ranks, 2, 64, 8)
+    with pair.open(None, shape) as group:
+        x, routing = torch.ones(8, 64), Routing(torch.arange(16).view(8, 2) % shape.num_experts, torch.ones(8, 2))
+        plan = group.dispatch(x, routing).plan
+        y, context = torch.ones(plan.num_received, 64), group._backend.context
+        decoded = group.decode_dispatch(x, routing)
+        call = {
+            "dispatch": lambda: group.dispatch(x, routing).x.sum(),
+            "dispatch, device": lambda: (
+                group.dispatch(x, routing, options=DispatchOptions(counts="device")).plan.src_counts
+            ),
+            "redispatch": lambda: group.redispatch(x, plan).x.sum(),
+            "combine": lambda: group.combine(y, plan).x,
+            "decode_dispatch": lambda: group.decode_dispatch(x, routing).expert_counts,
+            "decode_combine": lambda: group.decode_combine(decoded.x, decoded.plan).x,
+            "decode_combine, fast": lambda: group.decode_combine(decoded.x, decoded.plan, numerics="fast").x,
+        }[name]
+
+        def refusing(number: int | None) -> Allocator:
+            return Allocator(context.empty, number)
+
+        with mock.patch.object(context, "empty", refusing(None)) as counted:
+            expected = call()
+        # The last one of a dispatch is for the rows that the others send, who have said how many by then.
+        num = counted.count - (name == "dispatch")
+        for number in range(num):
+            if rank == 0:
+                with mock.patch.object(context, "empty", refusing(number)), pytest.raises(torch.OutOfMemoryError):
+                    call()
+            assert torch.equal(call(), expected)
+        return num
+
+
+@pytest.mark.parametrize(
+    ("name", "num"),
+    [
+        ("dispatch", 3), ("dispatch, device", 4), ("redispatch", 1), ("combine", 2),
+        ("decode_dispatch", 3), ("decode_combine", 2), ("decode_combine, fast", 2),
+    ],
+)  # fmt: skip
+def test_memory_of_torch_is_taken_before_anything_is_sent(run, name, num):
+    assert run(4, without_memory_of_torch, name, ranks_per_node=2)[0] == num

@@ -194,14 +194,15 @@ class AcrossDecoder(Decoding):
         plan._form, plan._words, plan._made, plan._call_number = inside, empty(*inside.words), {}, 0
         plan._pending = None  # the next call, which a combine is, receives
         plan.num_tokens, plan.topk_idx, plan.topk_weights = index.shape[0], index, weights_of_plan
+        # Memory is taken before anything is sent: if there is none, the group is still whole.
+        if return_hook:
+            x = x.clone()  # it is the caller's again before the hook reads it
+        data, scale = empty(*inside.rows), None if inside.scale is None else empty(*inside.scale)
+        memory = empty((form.memory.num_bytes,), (1,), torch.uint8)
+        result.x = data if scale is None else Quantized(data, scale)
+        result.plan, result.hook = plan, no_hook
+        rows = _RowsUnderWay(plan, x, data, scale, routing.topk_weights, memory, stats, self.trace)
         with self._breaking_off:  # peers wait for this rank
-            if return_hook:
-                x = x.clone()  # it is the caller's again before the hook reads it
-            data, scale = empty(*inside.rows), None if inside.scale is None else empty(*inside.scale)
-            memory = empty((form.memory.num_bytes,), (1,), torch.uint8)
-            result.x = data if scale is None else Quantized(data, scale)
-            result.plan, result.hook = plan, no_hook
-            rows = _RowsUnderWay(plan, x, data, scale, routing.topk_weights, memory, stats, self.trace)
             self._send_across(form, call, rows)
             if return_hook:
                 result.hook = self._hook(call, lambda at: self._pass_on(form, at, rows), rows.tensors())
@@ -307,10 +308,11 @@ class AcrossDecoder(Decoding):
         return_hook: bool,
     ) -> DecodeCombined:
         """See `Decoding.send_back`."""
+        # Memory is taken before anything is sent: if there is none, the group is still whole.
+        sums = self._sums.new(form, y, plan, out, copy_to, return_hook=return_hook)
+        done = sums.out if copy_to is None else copy_to
+        sums.trace = self.trace
         with self._breaking_off:  # peers wait for this rank
-            sums = self._sums.new(form, y, plan, out, copy_to, return_hook=return_hook)
-            done = sums.out if copy_to is None else copy_to
-            sums.trace = self.trace
             self._sums.send(form, call, sums)
             if not return_hook:
                 self._sums.receive(form, call, sums)

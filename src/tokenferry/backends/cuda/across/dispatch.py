@@ -172,14 +172,19 @@ class AcrossDispatcher:
         """
         rows, waits, tight, planner, steps = form.rows, form.waits, form.tight, self._planner, self._crossing.steps
         begun = planner.begin(form, call, payload, num_tokens)
-        sizes, went, passing, counts, received = begun.sizes, None, None, None, None
+        sizes, went, passing, counts, received, into = begun.sizes, None, None, None, None, None
         if sizes is not None:  # the routing is written while the host waits
             plan, routed = planner.write(form, begun, sizes)
+        # Nothing has been sent yet: if there is no memory, the group is still whole.
         if waits:
             went = planner.wait(begun)
-        else:  # nothing has been sent: if there is no memory, the group is still whole
+            num_out = went.num_out
+        else:
             assert sizes is not None
             received = self._recv(form, call, plan, sizes.routing, None)
+            num_out = sizes.routing.first_out[-1]
+            into = self._context.empty((sizes.routing.first_in[-1] * rows.widths.pitch,), (1,), torch.uint8)
+        out = self._context.empty((num_out * rows.widths.pitch,), (1,), torch.uint8)
         with self._breaking_off:  # peers wait for this rank
             if sizes is None:
                 assert went is not None
@@ -189,9 +194,9 @@ class AcrossDispatcher:
                 plan._num_sent = went.num_sent
             coming = self._crossing.routing(call, routed.routing, begun.split.words, opens=form.at_once)
             relay, swaps = sizes.routing, sizes.swaps
-            out = self._pack_new(form, begun, plan, relay.first_out[-1] if went is None else went.num_out)
+            self._pack_new(form, begun, plan, out)
             if swaps is not None and not tight:
-                passing = self._begin_rows(rows, begun, relay, swaps, out)
+                passing = self._begin_rows(rows, begun, relay, swaps, out, into)
             planner.relay(form, begun, plan, routed, coming)
             if went is None or not form.at_once:
                 planner.notify(form, call, plan, routed)
@@ -222,19 +227,24 @@ class AcrossDispatcher:
                 self._expand(rows, call, result, plan, plan._along)
         return result
 
-    def _pack_new(self, form: AcrossForm, begun: Begun, plan: AcrossPlan, num_rows: int) -> Tensor:
-        """Make parcels of the rows for other nodes, of which there are so many, or can be."""
-        out = self._context.empty((num_rows * form.rows.widths.pitch,), (1,), torch.uint8)
-        if num_rows:
-            slots = plan._block.address + plan._layout.places + 4 * plan._relay_layout.slots
-            goes = begun.split.words.mine + 4 * ROWS_WORD
-            going = Going(slots, plan._dst_counts.data_ptr(), goes, begun.num_tokens)
-            _pack(form.rows, begun.call, going, begun.payload, out.data_ptr())
-        return out
+    def _pack_new(self, form: AcrossForm, begun: Begun, plan: AcrossPlan, out: Tensor) -> None:
+        """Make parcels of the rows for other nodes, if there are any."""
+        if not out.shape[0]:
+            return
+        slots = plan._block.address + plan._layout.places + 4 * plan._relay_layout.slots
+        goes = begun.split.words.mine + 4 * ROWS_WORD
+        going = Going(slots, plan._dst_counts.data_ptr(), goes, begun.num_tokens)
+        _pack(form.rows, begun.call, going, begun.payload, out.data_ptr())
 
-    def _begin_rows(self, form: MoveForm, begun: Begun, relay: Relay, swaps: Sequence[Swap], out: Tensor) -> Passing:
-        """Begin to send the rows that go to other nodes, and to receive theirs."""
-        into = self._context.empty((relay.first_in[-1] * form.widths.pitch,), (1,), torch.uint8)
+    def _begin_rows(
+        self, form: MoveForm, begun: Begun, relay: Relay, swaps: Sequence[Swap], out: Tensor, into: Tensor | None = None
+    ) -> Passing:
+        """Begin to send the rows that go to other nodes, and to receive theirs; ``into``: made here where it is None.
+
+        How many come is known when others have sent their routing: who has no memory for them breaks the group.
+        """
+        if into is None:
+            into = self._context.empty((relay.first_in[-1] * form.widths.pitch,), (1,), torch.uint8)
         words, at = begun.split.words, into.data_ptr()
         transfers = self._crossing.rows(begun.call, swaps, words, out.data_ptr(), at, (out, into))
         return Passing(begun.payload, at, into, transfers, words)
@@ -244,9 +254,9 @@ class AcrossDispatcher:
         space, verdicts = form.geometry.space, self._crossing.verdicts(call, self._context.pinned.most_received)
         most = max(verdicts)
         if most > space.given:
-            per_expert = " per expert" if form.geometry.layout == MASKED else ""
+            of_masked = "an expert of " if form.geometry.layout == MASKED else ""
             raise CapacityError(
-                f"dispatch: options.capacity: a rank on node {verdicts.index(most)} received {most} rows{per_expert}, "
+                f"dispatch: options.capacity: {of_masked}a rank on node {verdicts.index(most)} received {most} rows, "
                 f"capacity={space.given}; raise it, or leave it out for the worst case of {space.worst}"
             )
 
