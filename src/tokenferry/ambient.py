@@ -79,14 +79,14 @@ def seen_to_its_end(call: _Function) -> _Function:
     """Run a method of a group as `without_function_modes` does, and tell the group what raises before it returns.
 
     An interrupt may come behind the work of a call, in any function on the way back. The group has two members for
-    this: ``_interruptible``, which has `latest_call` or is None, and ``_cut_off``.
+    this: ``_interruptible``, which has `latest_call`, and ``_cut_off``.
     """
     name = call.__name__
 
     @not_compiled
     @wraps(call)
     def run(group: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - those of the call
-        before = None if group._interruptible is None else group._interruptible.latest_call
+        before = group._interruptible.latest_call
         try:
             if not _num_function_modes():
                 return call(group, *args, **kwargs)

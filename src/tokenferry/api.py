@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tokenferry.ambient import methods_not_compiled, seen_to_its_end, without_function_modes
-from tokenferry.backends.base import Backend, CallSms, Interruptible, TokenLayout
+from tokenferry.backends.base import Backend, CallSms, TokenLayout
 from tokenferry.backends.choose import make_backend
 from tokenferry.errors import ArgumentError, ClosedError, PickleError, TokenferryError
 from tokenferry.options import check_divides, check_group, resolve_options
@@ -736,7 +736,7 @@ class ExpertGroup(Connected):
         if origin is None:
             _groups[backend.key] = self
         self._resolver = Resolver(shape, backend.topology, backend.device, backend.key, backend.checks_routing)
-        self._interruptible = backend if isinstance(backend, Interruptible) else None
+        self._interruptible = backend.interruptible
         self._fast_path = backend.fast_path(shape, self._resolver)
         self.shape, self.timeout_s = shape, timeout_s
 
@@ -750,8 +750,7 @@ class ExpertGroup(Connected):
             return
         if isinstance(error, _MAY_BE_REFUSALS):
             self._raise_if_refused(call, error)
-        if self._interruptible is not None:
-            self._interruptible.interrupted(call, before, error)
+        self._interruptible.interrupted(call, before, error)
 
     def _raise_if_refused(self, call: str, error: Exception, *, local: bool = False) -> None:
         refused = None if isinstance(error, TokenferryError) else self._backend.refused(call, error, local=local)

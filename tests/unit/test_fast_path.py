@@ -423,7 +423,7 @@ def test_tensors_that_stand_for_others_take_the_general_path():
         }
         for _, (right, call) in calls.items():
             call(right)
-        number = group._backend.context.last_call_number
+        number = group._backend.context.latest_call
         for name, (right, call) in calls.items():
             for transform in (torch.vmap, torch.func.functionalize):
                 with pytest.raises(ShapeError, match=f"{name}: expected a tensor with values in memory"):
@@ -432,7 +432,7 @@ def test_tensors_that_stand_for_others_take_the_general_path():
                 call(Wrapped(right))
             with forward_ad.dual_level(), pytest.raises(ArgumentError, match=f"{name}: has a tangent"):
                 call(forward_ad.make_dual(right, torch.ones_like(right)))
-        assert group._backend.context.last_call_number == number, "a call has begun"
+        assert group._backend.context.latest_call == number, "a call has begun"
         for _, (right, call) in calls.items():
             call(right)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -259,9 +259,8 @@ def not_received() -> PlanError:
     )
 
 
-@runtime_checkable
 class Interruptible(Protocol):
-    """A backend that an interrupt behind the last message of a call would leave a call ahead of what its caller knows.
+    """What an interrupt behind the last message of a call would leave a call ahead of what its caller knows.
 
     Attributes:
         latest_call: The call that has begun last, or what stands for it.
@@ -289,6 +288,7 @@ class Backend(Protocol):
         checks_routing: Whether indices outside [-1, E), and tokens that go to more nodes than the shape allows, are
             found where the rows are, so that the host need not check.
         num_host_sizes: Length of ``Plan._host_sizes``.
+        interruptible: What is told of exceptions that come before a call has returned.
     """
 
     name: str
@@ -301,6 +301,9 @@ class Backend(Protocol):
     device: torch.device
     checks_routing: bool
     num_host_sizes: int
+
+    @property
+    def interruptible(self) -> Interruptible: ...  # noqa: D102 - above
 
     @property
     def broken(self) -> str | None:

@@ -93,11 +93,11 @@ class Block:
         self.offset = offset
         self.num_bytes = num_bytes
         self.address = heap.base + offset
-        self._heap = heap
         self._quick = quick
         self._size = quick.size
         # What `trim` has left over, as one range in a list: whoever takes it out of there frees it.
         self._rest: list[tuple[Any, ...]] | None = None
+        self._heap = heap  # last: a block that an interrupt leaves without it frees nothing
 
     def tensor(self) -> Tensor:
         """Return a uint8 tensor ``[num_bytes]``; the tensor and its views keep the block alive."""
@@ -132,8 +132,9 @@ class Block:
         return self._size
 
     def __del__(self, finalizing: Any = sys.is_finalizing) -> None:  # noqa: ANN401 - bound: `sys` may be gone
-        if not finalizing():
-            self._heap._freed(self)
+        heap = getattr(self, "_heap", None)
+        if heap is not None and not finalizing():
+            heap._freed(self)
 
 
 class Heap:

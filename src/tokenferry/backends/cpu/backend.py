@@ -144,6 +144,11 @@ class CpuBackend:
         return resource_error(call, error) if local else self._exchange.refused(call, error)
 
     @property
+    def interruptible(self) -> CpuBackend:
+        """See `tokenferry.backends.base.Backend`."""
+        return self
+
+    @property
     def latest_call(self) -> Entered:
         """See `tokenferry.backends.base.Interruptible`."""
         return self._exchange.entrance.latest

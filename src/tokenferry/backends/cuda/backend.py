@@ -68,6 +68,11 @@ class CudaBackend:
         self.masks = Masks(context, self.decoder)
 
     @property
+    def interruptible(self) -> Context:
+        """See `tokenferry.backends.base.Backend`."""
+        return self.context
+
+    @property
     def broken(self) -> str | None:
         """The reason why the group ended, or None."""
         return self.context.broken

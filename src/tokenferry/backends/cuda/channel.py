@@ -139,5 +139,9 @@ class Channel:
             for tensor in pending.tensors:
                 if tensor is not None:
                     tensor.record_stream(stream)
-        pending.launch(call)
-        pending.done, pending.tensors, pending.launch = True, (), _nothing
+        try:
+            pending.launch(call)
+            pending.done, pending.tensors, pending.launch = True, (), _nothing
+        except BaseException as error:  # an interrupt, too: perhaps it is enqueued, and must not be a second time
+            self._context.break_off(error)
+            raise

@@ -127,6 +127,7 @@ class Context:
     Attributes:
         all_ranks: A bit for each rank.
         empty: Makes tensors on the device of this rank, in memory of torch.
+        latest_call: Number of the call that has begun last.
         smem_bytes: Shared memory that a block may have on this GPU.
     """
 
@@ -152,7 +153,7 @@ class Context:
         self._driver = runtime.driver
         self._streams = runtime.streams
         self.all_ranks = (1 << self.num_ranks) - 1
-        self._number = 0
+        self.latest_call = 0
         self._last: dict[int, int] = {}  # stream of the last call, by capture (0: none)
         self._peers = Peers()
         self._told_peers = False  # that this group has ended
@@ -178,7 +179,7 @@ class Context:
             TokenferryError: the error of an earlier call, found by a kernel.
         """
         stream, capture = self._order(signature.phase)
-        number = self._number = self._number % 0xFFFFFFFF + 1
+        number = self.latest_call = self.latest_call % 0xFFFFFFFF + 1
         self.flight_recorder.note(number, signature)
         alive = self._not_masked() if skip_masked else self.all_ranks
         return Call(number, stream, capture != 0, alive, signature, wait_ns, skip_masked)
@@ -192,7 +193,7 @@ class Context:
         stream = self._streams.eager()
         if stream is None or self._last.get(0) != stream or self.pinned.words[0] or self.broken:
             return None
-        number = self._number = self._number % 0xFFFFFFFF + 1
+        number = self.latest_call = self.latest_call % 0xFFFFFFFF + 1
         self.flight_recorder.note(number, signature)
         alive = self._not_masked() if skip_masked else self.all_ranks
         return Call(number, stream, False, alive, signature, wait_ns, skip_masked)
@@ -225,11 +226,6 @@ class Context:
         """Notice from now on when a peer's process ends."""
         peers.watch(self.pinned.ended)
         self._peers = peers
-
-    @property
-    def last_call_number(self) -> int:
-        """Number of the last call."""
-        return self._number
 
     def mask(self, rank: int) -> None:
         """Skip a rank in the decode calls that begin from now on."""
@@ -314,6 +310,14 @@ class Context:
     def break_off(self, error: BaseException) -> None:
         """Break the group: its ranks may be out of step."""
         self.broken = f"is broken by an earlier {type(error).__name__}: {error}"
+
+    def interrupted(self, _call: str, before: int, error: BaseException) -> None:
+        """See `tokenferry.backends.base.Interruptible`.
+
+        A call that finds no memory has sent nothing, or broken the group itself.
+        """
+        if self.latest_call != before and not self.broken and not isinstance(error, torch.OutOfMemoryError):
+            self.break_off(error)
 
     def wait_for_counts(self, call: Call, *, may_overflow: bool = False) -> bool:
         """Wait until the counts of a dispatch are in pinned memory; other threads run meanwhile.

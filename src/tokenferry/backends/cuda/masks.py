@@ -68,8 +68,8 @@ class Masks:
         if rank != self._rank and rank not in self.ranks():
             return
         # A rank that is unmasked after this one was, but before this one's next call, was lost, too.
-        if self._unmask(rank) or rank == self._rank or self._resynchronised_at == context.last_call_number:
-            self._resynchronised_at = context.last_call_number
+        if self._unmask(rank) or rank == self._rank or self._resynchronised_at == context.latest_call:
+            self._resynchronised_at = context.latest_call
             self._resynchronise()
         self._publish_mask()
 
