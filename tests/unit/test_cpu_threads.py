@@ -2,13 +2,16 @@
 
 import signal
 import threading
+import time
+from contextlib import suppress
 from unittest import mock
 
 import pytest
 import torch
 
-from tokenferry import ArgumentError, ExpertGroup, MoeShape, Routing
+from tokenferry import ArgumentError, ClosedError, ExpertGroup, MoeShape, PeerTimeout, Routing
 from tokenferry.backends.cpu.exchange import Exchange
+from tokenferry.testing.world import World
 
 X, WHERE = torch.ones(2, 8), Routing(torch.tensor([[0], [1]]), torch.ones(2, 1))
 
@@ -88,3 +91,24 @@ def test_a_call_that_interrupts_another_one_is_refused(hooked):
         assert torch.equal(first.x[0, :1] if hooked else done.x, X[:1] if hooked else X)
         other.hook()
         assert torch.equal(group.combine(sent.x, sent.plan).x, X)
+
+
+def closed_by_another_thread(rank: int, pg: object, transport: str) -> str:
+    """Rank 0 closes its group while it waits for rank 1, which comes later."""
+    group = ExpertGroup(pg, MoeShape(2, 1, 8, 4), backend="cpu", transport=transport, timeout_s=8)
+    if rank:
+        time.sleep(1.0)
+        with suppress(ClosedError, PeerTimeout):  # what rank 0 has sent may be all that it needs
+            group.dispatch(X, WHERE)
+        return ""
+    threading.Timer(0.3, group.close).start()
+    with pytest.raises(ClosedError) as caught:
+        group.dispatch(X, WHERE)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("transport", ["shared_memory", "process_group"])
+def test_a_call_under_way_ends_when_its_group_is_closed(transport):
+    """With an error of ours, and not with what it meets in a transport that is gone."""
+    with World(2, timeout_s=60) as world:
+        assert "the group was closed during the call" in world.run(closed_by_another_thread, transport)[0]

@@ -259,6 +259,10 @@ def not_received() -> PlanError:
     )
 
 
+CLOSED = "was closed"
+"""Why a backend has ended that its program has closed."""
+
+
 class Interruptible(Protocol):
     """What an interrupt behind the last message of a call would leave a call ahead of what its caller knows.
 
@@ -307,7 +311,7 @@ class Backend(Protocol):
 
     @property
     def broken(self) -> str | None:
-        """The reason why the backend ended, or None: ``"was closed"``, ``"is broken by ..."``, ``"belongs to ..."``.
+        """The reason why the backend ended, or None: `CLOSED`, ``"is broken by ..."``, ``"belongs to ..."``.
 
         The last is that of a forked child: the backend, or what it is made of, calls `forked.forget_in_child`.
         """

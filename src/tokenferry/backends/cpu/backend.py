@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tokenferry.ambient import not_compiled
 from tokenferry.backends.base import (
+    CLOSED,
     CombineRequest,
     DecodeCombineRequest,
     DecodeDispatchRequest,
@@ -120,7 +121,7 @@ class CpuBackend:
 
     def close(self) -> None:
         """Close the transport."""
-        self._exchange.close("was closed", linger=True)
+        self._exchange.close(CLOSED, linger=True)
 
     def warmup(self) -> None:
         """Do nothing: there is nothing to compile."""

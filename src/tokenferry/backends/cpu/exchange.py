@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tokenferry.ambient import not_compiled
-from tokenferry.backends.base import Encoding
+from tokenferry.backends.base import CLOSED, Encoding
 from tokenferry.backends.cpu.allocator import Allocator
 from tokenferry.backends.cpu.entrance import Entered, Entrance
 from tokenferry.backends.cpu.payload import Outgoing, ReceivedRows
@@ -285,9 +285,12 @@ class Exchange:
 
     def _fail(self, phase: str, error: BaseException) -> None:
         """Break the group, unless an inner block has; raise the error that says most, if that is not ``error``."""
+        where = f"{phase} #{self._last_call}"
+        if self.broken == CLOSED and isinstance(error, Exception) and not isinstance(error, ClosedError):
+            # By another thread, or a signal handler: the call has met what `close` took away.
+            raise ClosedError(f"{where}: the group {CLOSED} during the call; make a new ExpertGroup") from error
         if self.broken:
             return
-        where = f"{phase} #{self._last_call}"
         if isinstance(error, GeneratorExit):  # an interrupt came while a `with` block was being entered or left
             error = KeyboardInterrupt()
         raised = self.refused(where, error) or self._break(where, error)

@@ -8,6 +8,7 @@ from torch import Tensor
 from tokenferry import tuning
 from tokenferry.ambient import not_compiled
 from tokenferry.backends.base import (
+    CLOSED,
     CallSms,
     CombineRequest,
     DecodeCombineRequest,
@@ -184,6 +185,6 @@ class CudaBackend:
 
     def close(self) -> None:
         """Release the windows."""
-        if self.context.broken != "was closed":
-            self.context.close("was closed")
+        if self.context.broken != CLOSED:
+            self.context.close(CLOSED)
             self.decoder.close()
