@@ -1,11 +1,14 @@
 """The soak itself: that it runs, and that it finds what is wrong."""
 
+import argparse
+from unittest import mock
+
 import pytest
 import torch
 
 from tokenferry import ExpertGroup, Quantized
 from tokenferry.testing import chaos, soak, soak_graphs
-from tokenferry.testing.world import World, WorldError
+from tokenferry.testing.world import World, WorldError, check_gpus
 
 
 def test_a_soak_of_three_seconds():
@@ -46,6 +49,15 @@ def test_a_soak_finds_a_wrong_row(method):
 def test_the_command(capsys, nodes):
     assert soak.main(["--seconds", "0.2", *nodes, "--seed", "3"]) == 0
     assert f"over {nodes[1]} ranks (cpu)" in capsys.readouterr().out
+
+
+def test_gpus_are_counted_without_cuda():
+    """Ranks of `chaos` are forked, and CUDA works in no child of a process that has asked it."""
+    with (
+        mock.patch.object(torch.cuda, "is_available", side_effect=AssertionError("it asks CUDA")),
+        mock.patch.object(torch.cuda, "device_count", return_value=1),
+    ):
+        check_gpus(argparse.ArgumentParser(), "cuda")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -28,6 +28,8 @@ import torch
 from tokenferry.testing.rank import RankSettings, preparation
 from tokenferry.testing.rank_server import STALL_S, RankProcess, get_server
 
+__all__ = ["END_S", "Progress", "World", "WorldError", "check_gpus", "check_nodes"]
+
 END_S = 10.0
 """Seconds that ranks have to end by themselves, and that the system has to end those that were killed."""
 
@@ -36,8 +38,12 @@ Progress = Callable[[Mapping[str, object]], None]
 
 
 def check_gpus(parser: argparse.ArgumentParser, device: str) -> None:
-    """End the program with status 3, as commands do on a machine that cannot, if ``--device cuda`` finds no GPU."""
-    if device == "cuda" and not torch.cuda.is_available():
+    """End the program with status 3, as commands do on a machine that cannot, if ``--device cuda`` finds no GPU.
+
+    The count comes from NVML where that is there: `torch.cuda.is_available` asks CUDA, which forked children cannot use
+    then.
+    """
+    if device == "cuda" and not torch.cuda.device_count():
         parser.exit(3, f"{parser.prog}: --device cuda: torch sees no GPU; use --device cpu\n")
 
 
