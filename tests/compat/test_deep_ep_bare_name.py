@@ -19,6 +19,18 @@ SOURCE = str(Path(tokenferry.__file__).parents[1])
 """Where tokenferry is, for environments in which it is not installed but on PYTHONPATH."""
 
 
+MODULES = (
+    "import sys, deep_ep\n"
+    "assert deep_ep.buffer.Buffer is deep_ep.buffers.legacy.Buffer is deep_ep.Buffer\n"
+    "assert deep_ep.utils.EventOverlap is deep_ep.utils.event.EventOverlap is deep_ep.EventOverlap\n"
+    "assert deep_ep.buffers.elastic.ElasticBuffer is deep_ep.ElasticBuffer\n"
+    "assert deep_ep.buffers.ep.EPBuffer is deep_ep.EPBuffer\n"
+    "assert callable(deep_ep.hybrid_ep_buffer.indices_to_map)\n"
+    "assert deep_ep.buffers.ep is sys.modules['deep_ep.buffers.ep']\n"
+)
+"""A program that finds the modules of DeepEP by attributes, as `import deep_ep` alone binds them there."""
+
+
 def run(*command: object, **env: str) -> subprocess.CompletedProcess:
     clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     return subprocess.run(command, capture_output=True, text=True, timeout=240, env=clean | env, check=False)
@@ -42,6 +54,12 @@ def test_a_program_for_deep_ep_runs_with_pythonpath(ranks, nodes):
     where, found = done.stdout.split()
     assert where.startswith(deep_ep_path.folder())
     assert int(found) == nodes
+
+
+def test_the_name_alone_brings_its_modules():
+    path = os.pathsep.join([deep_ep_path.folder(), SOURCE])
+    done = run(sys.executable, "-c", MODULES, PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr
 
 
 class Environment:
@@ -73,6 +91,8 @@ def test_a_program_for_deep_ep_runs_with_the_distribution(environment):
     done = run(environment.python, PROGRAM, "2")
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(environment.packages / "deep_ep" / "__init__.py"), "1"]
+    done = run(environment.python, "-c", MODULES)
+    assert done.returncode == 0, done.stderr
     # Another distribution that is installed over it leaves files behind: no mixture is run.
     (environment.packages / "deep_ep" / "utils.py").write_text("")
     done = run(environment.python, "-c", "import deep_ep")

@@ -51,6 +51,10 @@ def check_usable(buffer):
     assert torch.equal(back, torch.where(IDX >= 0, WEIGHTS, 0))
 
 
+MOST = 1 + (2**31 - 1 - M * K) // E
+"""The largest alignment: M * K rows for E experts, each rounded up, are counted in int32."""
+TOO_FAR = MOST + 1
+
 BAD_DISPATCH = [
     ({"topk_idx": None}, ArgumentError, "topk_idx: expected a value, got None; it may be left out only"),
     ({"num_experts": None}, ArgumentError, "num_experts: expected a value, got None; it may be left out only"),
@@ -67,6 +71,12 @@ BAD_DISPATCH = [
     ({"x": X[0]}, ShapeError, "x: expected a tensor"),
     ({"x": (X, 1.0)}, ShapeError, "x: expected a tensor"),
     ({"x": (X, torch.ones(T, 1), torch.ones(T, 1))}, ShapeError, "x: expected a tensor"),
+    ({"x": (FP8, None)}, ShapeError, "x: .*, NoneType\\); pass rows without scales as a tensor"),
+    (
+        {"x": (FP8, None), "use_tma_aligned_col_major_sf": True},
+        ShapeError,
+        "x: .*, NoneType\\); pass rows without scales as a tensor",
+    ),
     ({"x": X[:, :4].contiguous()}, ShapeError, "multiple of 16"),
     ({"x": X.T.contiguous().T}, ShapeError, "contiguous"),
     ({"x": (FP8, torch.ones(1, 1))}, ShapeError, r"x\[1\]: .* T=3 was set by x\[0\]"),
@@ -75,6 +85,14 @@ BAD_DISPATCH = [
     ({"num_max_tokens_per_rank": 2}, CapacityError, "T=3 rows exceed num_max_tokens_per_rank=2"),
     ({"num_max_tokens_per_rank": 0}, ArgumentError, "num_max_tokens_per_rank: expected an integer of at least 1"),
     ({"expert_alignment": 0}, ArgumentError, "expert_alignment: expected an integer of at least 1"),
+    *(
+        (
+            {"expert_alignment": TOO_FAR, "do_expand": expand},
+            ArgumentError,
+            f"expert_alignment: .* {MOST}, .* {TOO_FAR}",
+        )
+        for expand in (False, True)
+    ),
     ({"num_sms": -1}, ArgumentError, "num_sms: expected an integer of at least 0"),
     ({"num_qps": -1}, ArgumentError, "num_qps: expected an integer of at least 0"),
     ({"do_zero_padding": True}, ArgumentError, "do_zero_padding: only rows by expert have padding"),
@@ -99,6 +117,12 @@ def test_dispatch_refuses(buffer, change, error, message):
     check_usable(buffer)
 
 
+def test_counts_of_the_largest_alignment_fit_into_int32(buffer):
+    handle = dispatch(buffer, expert_alignment=MOST)[3]
+    assert handle.psum_num_recv_tokens_per_expert.tolist() == [MOST, 2 * MOST, 3 * MOST, 4 * MOST]
+    assert handle.num_expanded_tokens == 4 * MOST
+
+
 BAD_CACHED = [
     ({"topk_idx": IDX}, ArgumentError, "topk_idx: expected None, since handle has the routing"),
     ({"cumulative_local_expert_recv_stats": STATS}, ArgumentError, "cumulative_local_expert_recv_stats: expected None"),
@@ -109,7 +133,8 @@ BAD_CACHED = [
     ({"do_cpu_sync": True}, ArgumentError, "do_cpu_sync: a dispatch with a handle never waits"),
     ({"do_zero_padding": True}, ArgumentError, "do_zero_padding"),
     ({"num_sms": 1.5}, ArgumentError, "num_sms"),
-    ({"x": X[:2]}, ShapeError, "T=3 was set by the plan"),
+    ({"x": X[:2]}, ShapeError, "T=3 was set by the handle"),
+    ({"x": (FP8, None)}, ShapeError, "x: .*, NoneType\\); pass rows without scales as a tensor"),
     ({"topk_weights": WEIGHTS[:2]}, ShapeError, "topk_weights"),
     ({"topk_weights": WEIGHTS.tolist()}, ShapeError, "topk_weights: expected .*, got list"),
     (
@@ -173,6 +198,8 @@ BAD_BUFFERS = [
     ({"num_max_tokens_per_rank": M, "num_cpu_timeout_secs": 0}, ArgumentError, "num_cpu_timeout_secs"),
     ({"num_max_tokens_per_rank": M, "num_gpu_timeout_secs": -1}, ArgumentError, "num_gpu_timeout_secs"),
     ({"num_max_tokens_per_rank": M, "num_cpu_bytes": 1 << 21}, UnsupportedError, "num_cpu_bytes: got 2097152"),
+    ({"num_max_tokens_per_rank": M, "deterministic": "no"}, ArgumentError, "deterministic: expected True or False"),
+    ({"num_max_tokens_per_rank": M, "allow_hybrid_mode": []}, ArgumentError, "allow_hybrid_mode: expected True or"),
 ]
 
 

@@ -81,6 +81,8 @@ BAD_DISPATCH = [
     ({"x": X[0]}, ShapeError, "x: expected a tensor"),
     ({"x": (X, 1.0)}, ShapeError, "x: expected a tensor"),
     ({"x": (X, torch.ones(T, 1), torch.ones(T, 1))}, ShapeError, "x: expected a tensor"),
+    ({"x": (X, None)}, ShapeError, "x: .*, NoneType\\); pass rows without scales as a tensor"),
+    ({"x": (X.to(torch.float8_e4m3fn), None)}, ShapeError, "x: .*, NoneType\\); pass rows without scales as a tensor"),
     ({"x": X[:, :4].contiguous()}, ShapeError, "multiple of 16"),
     ({"expert_alignment": 0}, ArgumentError, "expert_alignment"),
     ({"num_worst_tokens": -1}, ArgumentError, "num_worst_tokens"),
@@ -119,6 +121,39 @@ def test_dispatch_refuses(buffer, change, error, message):
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": (X, None)}, "x: .*; pass rows without scales as a tensor"),
+        *(({"expert_alignment": bad}, f"expert_alignment: .*, got {bad!r}") for bad in (0, -5, "x", None)),
+    ],
+)
+def test_a_cached_dispatch_refuses(buffer, change, message):
+    handle = buffer.dispatch(X, **given(buffer))[4]
+    with pytest.raises(ArgumentError, match=f"Buffer.dispatch: {message}"):
+        buffer.dispatch(**{"x": X, "handle": handle} | change)
+    assert torch.equal(buffer.dispatch(X, handle=handle, expert_alignment=8)[0], X)
+
+
+def test_rows_without_scales_in_a_pair_are_refused_before_anything_is_sent(worlds):
+    """The error came behind the exchange, so that the next call was matched with another one of the peer."""
+    assert worlds(2).run(_a_pair_too_few) == [[1.0, 1.0], [1.0, 1.0]]
+
+
+def _a_pair_too_few(rank, pg):
+    buffer = Buffer(pg)
+    index = torch.tensor([[0], [1]])
+    per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(index, 2)
+    layout = {"num_tokens_per_rank": per_rank, "is_token_in_rank": in_rank, "num_tokens_per_expert": per_expert}
+    first, second = (torch.full((2, 16), number, dtype=torch.bfloat16) for number in (1.0, 2.0))
+    if rank == 0:
+        with pytest.raises(ShapeError, match="pass rows without scales as a tensor"):
+            buffer.dispatch((first, None), topk_idx=index, **layout)
+    got = buffer.dispatch(first, topk_idx=index, **layout)[0]
+    buffer.dispatch(second, topk_idx=index, **layout)
+    return got[:, 0].tolist()
+
+
+@pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
         ((IDX.float(), E), ShapeError, "topk_idx"),
@@ -134,7 +169,7 @@ def test_layout_refuses(buffer, arguments, error, message):
 
 BAD_COMBINE = [
     ({"x": X[:2]}, ShapeError, "x: expected"),
-    ({"x": X.to(torch.int16)}, ShapeError, "y"),
+    ({"x": X.to(torch.int16)}, ShapeError, "Buffer.combine: x: expected .*, got torch.int16"),
     ({"bias": (X,)}, ArgumentError, "bias: .*, got a tuple of 1; "),
     ({"bias": (X, X, X)}, ArgumentError, "bias: .*, got a tuple of 3; "),
     ({"bias": 1.0}, ArgumentError, "bias: .*, got float; "),

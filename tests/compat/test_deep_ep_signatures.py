@@ -105,7 +105,9 @@ def test_answers_on_every_module_path():
 
 def test_import_starts_nothing():
     program = (
-        "import torch, tokenferry.compat.deep_ep, threading\n"
+        "import torch, tokenferry.compat.deep_ep as deep_ep, threading\n"
+        "deep_ep.buffer.Buffer, deep_ep.hybrid_ep_buffer.indices_to_map, deep_ep.utils.event.EventOverlap\n"
+        "deep_ep.buffers.elastic.ElasticBuffer, deep_ep.buffers.ep.EPBuffer, deep_ep.buffers.legacy.Buffer\n"
         "print(torch.cuda.is_initialized(), torch.distributed.is_initialized(), threading.active_count())"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=240)

@@ -27,18 +27,10 @@ NOT_DENSE = {
     "nested": lambda right: torch._nested_tensor_from_tensor_list(list(right)),
 }
 """Tensors of the right dtype and number of dimensions that have no strides, or no shape."""
-HINTS = {
-    *("allow_hybrid_mode", "allow_mnnvl", "deterministic", "prefer_overlap_with_compute", "use_fabric"),
-    *("use_fp8_dispatch", "ExpertBuffer.get_buffer_size_hint.allow_multiple_reduction", "sequential", "extra_tensors"),
-    *("LowLatencyCalls.low_latency_combine.num_sms", "expert_alignment", "non_blocking"),  # with a handle: these two
-    *("HybridEPBuffer.use_fp8", "HybridEPBuffer.dispatch_with_permute.use_fp8", "load_cached_kernels"),
-    *("num_sms_preprocessing_api", "num_blocks_permute", "num_blocks_unpermute"),
-    *("use_shared_buffer", "enable_custom_allgather", "num_of_hybrid_ep_ranks_per_nvlink_domain", "use_mnnvl"),
-    *("fuse_permute_dispatch", "fuse_unpermute_combine"),
-}
-"""Arguments for which anything may stand in some call: they have no effect there."""
+HINTS = {"extra_tensors"}
+"""Arguments for which anything may stand: it is kept."""
 
-SCALARS = {"bool": (bool, float), "bool | None": (bool, float), "int": int, "int | None": int}
+SCALARS = {"bool": (bool, float), "bool | None": (bool, float), "int": int, "int | None": int, "float": (int, float)}
 OF_ONE_CLASS = {
     "Config | None": Config,
     "EventHandle | None": EventHandle,
@@ -86,6 +78,8 @@ class Calls:
             (deep_ep.get_logical_domain_size, {"group": None}),
             (Config, {}),
             (EventOverlap, {}),
+            (EventOverlap(EventHandle()).current_stream_wait, {}),
+            (EventOverlap(EventHandle()).__call__, {}),
             (EventOverlap().register_hook_after_wait, {"hook": print}),
             (Buffer, {"group": None}),
             (ElasticBuffer, {"group": None, **sizes}),
@@ -107,16 +101,19 @@ class Calls:
             (elastic.dispatch, {"x": X, "handle": handle_2}),
             (elastic.combine, {"x": X, "handle": handle_2}),
             (elastic.barrier, {}),
+            (elastic.get_theoretical_num_sms, {"num_experts": E, "num_topk": K}),
+            (elastic.get_theoretical_num_qps, {"num_sms": 20}),
             (ep.dispatch, routed),
             (ep.dispatch, {"x": X, "handle": handle_25}),
             (ep.combine, {"x": X, "handle": handle_25}),
+            (ep.get_theoretical_num_sms, {"num_experts": E, "num_topk": K}),
             (hybrid.dispatch_with_permute, chosen),
             (hybrid.dispatch_with_permute, {"hidden": X, "handle": hybrid_handle}),
             (hybrid.combine_with_unpermute, {"hidden": expanded, "handle": hybrid_handle}),
         ]
 
     def check_usable(self) -> None:
-        for call, arguments in self.all[10:]:
+        for call, arguments in self.all[12:]:
             call(**arguments)
 
 

@@ -41,3 +41,9 @@ if _foreign:
         f"deep_ep: {', '.join(_foreign)} in {_folder} are not tokenferry's: another distribution was installed over "
         "tokenferry-deep-ep, or the other way round; uninstall both, then install one"
     )
+
+# Behind the check, since files of another distribution may have these names.
+from deep_ep import buffer as buffer  # noqa: E402
+from deep_ep import buffers as buffers  # noqa: E402
+from deep_ep import hybrid_ep_buffer as hybrid_ep_buffer  # noqa: E402
+from deep_ep import utils as utils  # noqa: E402

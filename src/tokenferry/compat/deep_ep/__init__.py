@@ -13,6 +13,9 @@ from __future__ import annotations
 import torch
 
 import tokenferry
+from tokenferry.compat.deep_ep import buffers as buffers
+from tokenferry.compat.deep_ep import hybrid_ep_buffer as hybrid_ep_buffer
+from tokenferry.compat.deep_ep import utils as utils
 from tokenferry.compat.deep_ep.buffer import Buffer
 from tokenferry.compat.deep_ep.config import Config
 from tokenferry.compat.deep_ep.elastic import ElasticBuffer

@@ -13,7 +13,7 @@ num_nvl_bytes, num_rdma_bytes                      kept as attributes; `Buffer.g
                                                    need it
 num_qps_per_rank,                                  without effect, but with TOKENFERRY_NETWORK=nvshmem compared with
 allow_nvlink_for_low_latency_mode                  NVSHMEM's variables: `UnsupportedError` if they contradict
-allow_mnnvl, use_fabric                            any value is accepted, without effect: NVLink is used inside a host
+allow_mnnvl, use_fabric                            checked, without effect: NVLink is used inside a host
 config, Buffer.set_num_sms                         CUDA: SMs that a call may occupy, by ``config.num_sms``, else by
                                                    `Buffer.set_num_sms`, else by the library's own choice. The rest
                                                    of a `Config`, and all of it on the CPU, has no effect
@@ -178,8 +178,10 @@ class Buffer(Connected, LowLatencyCalls):
             "Buffer",
             low_latency_mode=low_latency_mode,
             allow_nvlink_for_low_latency_mode=allow_nvlink_for_low_latency_mode,
+            allow_mnnvl=allow_mnnvl,
             explicitly_destroy=explicitly_destroy,
             enable_shrink=enable_shrink,
+            use_fabric=use_fabric,
         )
         if enable_shrink and not low_latency_mode:
             raise ArgumentError(
@@ -391,7 +393,8 @@ class Buffer(Connected, LowLatencyCalls):
             num_tokens_per_expert: As returned by `get_dispatch_layout`; its length determines E.
             topk_idx: ``[T, K]`` int64 or int32; None: rows are sent alone, by ``is_token_in_rank``.
             topk_weights: ``[T, K]`` float32 to send with the rows; needs ``topk_idx``.
-            expert_alignment: Multiple to which the counts in the returned list are rounded up.
+            expert_alignment: Multiple to which the counts in the returned list are rounded up. With a handle, which
+                returns no list, it is checked, and has no effect.
             num_worst_tokens: If above 0, the number of rows of the results; rows past the received ones have
                 ``recv_topk_idx`` -1 and undefined data, and the list of counts is empty. CPU: rows that do not fit
                 raise CapacityError on every rank. CUDA: must be at least R times the most tokens of any rank, or
@@ -429,6 +432,8 @@ class Buffer(Connected, LowLatencyCalls):
                     raise ArgumentError(
                         f"{call}: {name}: expected None, since handle has the routing; leave out one of them"
                     )
+            if type(expert_alignment) is not int or expert_alignment != 1:
+                check_integer(call, "expert_alignment", expert_alignment, 1)
             again, event = self._lane.run(
                 call, when, (x, handle), lambda: throughput.dispatch_again(self._views, x, handle, num_sms)
             )

@@ -10,7 +10,8 @@ import torch.distributed as dist
 
 from tokenferry import env
 from tokenferry.api import ExpertGroup
-from tokenferry.errors import BackendUnavailable, UnsupportedError
+from tokenferry.compat.deep_ep.wording import Field, put_term
+from tokenferry.errors import BackendUnavailable, ConfigError, UnsupportedError
 
 _log = logging.getLogger("tokenferry")
 
@@ -45,6 +46,21 @@ def closing(owner: object, experts: ExpertGroup) -> weakref.finalize[[], object]
     found = weakref.finalize(owner, experts.close)
     found.atexit = False
     return found
+
+
+_NVSHMEM_BYTES = {"bytes for puts": Field("num_rdma_bytes")}
+_SIZES = {"heap bytes": Field("num_bytes, or the memory for the sizes that were given,")}
+_TERMS = {
+    "Buffer": {
+        "on_timeout": Field("enable_shrink", {"mask": "True", "raise": "False"}),
+        "heap bytes": Field("the larger of num_nvl_bytes and num_rdma_bytes"),
+        **_NVSHMEM_BYTES,
+    },
+    "ElasticBuffer": _SIZES,
+    "EPBuffer": _SIZES,
+    "HybridEPBuffer": {"heap bytes": Field("the memory for hidden_dim and max_num_of_tokens_per_rank")},
+}
+"""What the ranks of a group compare, by the class that makes it, in the words of its arguments."""
 
 
 def connect(
@@ -84,8 +100,12 @@ def connect(
             on_timeout="mask" if enable_shrink else "raise",
             put_bytes=None if puts is None else puts.num_bytes,
         )
+    except ConfigError as error:
+        put_term(error, owner, _TERMS[owner])
+        raise
     except BackendUnavailable as error:
         if "on_timeout='mask'" not in str(error):
+            put_term(error, owner, {})
             raise
         raise UnsupportedError(
             f"{owner}: enable_shrink: ranks can be skipped where all are on one node, on CPUs one host, or over "

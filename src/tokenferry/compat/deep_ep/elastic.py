@@ -122,6 +122,7 @@ class ElasticBuffer(ExpertBuffer):
             num_max_tokens_per_rank=num_max_tokens_per_rank,
             hidden=hidden,
             num_topk=num_topk,
+            use_fp8_dispatch=use_fp8_dispatch,
             deterministic=deterministic,
             allow_hybrid_mode=allow_hybrid_mode,
             allow_multiple_reduction=allow_multiple_reduction,
@@ -156,9 +157,18 @@ class ElasticBuffer(ExpertBuffer):
             sm_write_gbs: The same.
 
         Raises:
-            ConfigError: CUDA: E is not a multiple of R, or a size is not positive.
+            ArgumentError: a size is not a positive integer, or another argument no number of at least 0.
+            ConfigError: CUDA: E is not a multiple of R.
         """
-        return self._advised_num_sms(num_experts, num_topk)
+        return self._advised_num_sms(
+            num_experts,
+            num_topk,
+            num_scaleout_topk,
+            rdma_gbs=rdma_gbs,
+            nvlink_gbs=nvlink_gbs,
+            sm_read_gbs=sm_read_gbs,
+            sm_write_gbs=sm_write_gbs,
+        )
 
     @without_grad
     def dispatch(

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from tokenferry.types import Quantized
+
 
 @dataclass(slots=True, eq=False)
 class Arguments:
@@ -28,6 +30,19 @@ class Arguments:
     do_expand: bool
     do_zero_padding: bool
     use_tma_aligned_col_major_sf: bool
+
+
+@dataclass(slots=True, eq=False)
+class Sent:
+    """Rows that have been checked.
+
+    Attributes:
+        rows: The rows for a native call.
+        scale_dims: The number of dimensions of their scales; 0: the caller gave none.
+    """
+
+    rows: Tensor | Quantized
+    scale_dims: int
 
 
 @dataclass(slots=True, eq=False)

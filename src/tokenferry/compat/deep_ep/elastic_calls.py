@@ -10,13 +10,24 @@ from torch import Tensor
 
 from tokenferry.api import ExpertGroup
 from tokenferry.checks import FLOATS, INDICES, Checks, check_flags
-from tokenferry.compat.deep_ep.arguments import Rows, check_integer, detached, from_native, height, to_native, width
+from tokenferry.compat.deep_ep.arguments import (
+    Rows,
+    check_alignment,
+    check_integer,
+    detached,
+    from_native,
+    height,
+    to_native,
+    width,
+)
 from tokenferry.compat.deep_ep.config import round_up
-from tokenferry.compat.deep_ep.elastic_arguments import Arguments, Request, Returned
+from tokenferry.compat.deep_ep.dialects import ELASTIC
+from tokenferry.compat.deep_ep.elastic_arguments import Arguments, Request, Returned, Sent
 from tokenferry.compat.deep_ep.elastic_handle import EPHandle, is_capturing
 from tokenferry.compat.deep_ep.streams import HoldsTensors
 from tokenferry.compat.deep_ep.views import Views
-from tokenferry.errors import ArgumentError, CapacityError, PlanError, ShapeError
+from tokenferry.compat.deep_ep.wording import Wording
+from tokenferry.errors import ArgumentError, CapacityError, PlanError, ShapeError, TokenferryError
 from tokenferry.types import Dispatched, DispatchOptions, Layout, Quantized, Routing
 
 _SCALE_BYTES = 4
@@ -51,22 +62,22 @@ class Received(HoldsTensors):
 # ---------------------------------------------------------------------- checks
 
 
-def checked_rows(call: str, x: object, device: torch.device) -> Tensor | Quantized:
+def checked_rows(call: str, x: object, device: torch.device) -> Sent:
     """Return rows for a native call; ``call`` is the method that was called, for errors.
 
     Raises:
         ShapeError: ``x`` is neither rows nor (rows, scales), or the scales are not ``[T, P]`` of four bytes each.
     """
-    rows = to_native(call, x)
-    scale = x[1] if isinstance(x, tuple) else None
-    if isinstance(scale, Tensor) and (scale.ndim != 2 or scale.element_size() != _SCALE_BYTES):
-        raise ShapeError(
-            f"{call}: x: expected scales [T, P] of {_SCALE_BYTES} bytes each, such as float32 or int32, got "
-            f"{scale.dtype} {list(scale.shape)}; give each row its own scales"
-        )
-    if isinstance(scale, Tensor):
+    rows, scale_dims = to_native(call, x)
+    if isinstance(x, tuple):
+        scale = x[1]
+        if scale.ndim != 2 or scale.element_size() != _SCALE_BYTES:
+            raise ShapeError(
+                f"{call}: x: expected scales [T, P] of {_SCALE_BYTES} bytes each, such as float32 or int32, got "
+                f"{scale.dtype} {list(scale.shape)}; give each row its own scales"
+            )
         Checks(call, device).given("x[0]", T=height(rows)).tensor("x[1]", scale, "T P", None, contiguous=False)
-    return rows
+    return Sent(rows, scale_dims)
 
 
 def resolved(group: ExpertGroup, rows: Tensor | Quantized, given: Arguments, most_tokens: int) -> Request:
@@ -91,6 +102,10 @@ def resolved(group: ExpertGroup, rows: Tensor | Quantized, given: Arguments, mos
         Checks(call, group.device).given("x", T=T).tensor("topk_idx", topk_idx, "T K", INDICES)
     for name, value in (("num_experts", E), ("expert_alignment", alignment), ("num_max_tokens_per_rank", M)):
         check_integer(call, name, value, 1)
+    if alignment > 1:
+        L = max(1, E // group.num_ranks)
+        most_rows = group.num_ranks * M * min(topk_idx.shape[1], L)
+        check_alignment(call, "expert_alignment", alignment, L, most_rows)
     check_integer(call, "num_sms", given.num_sms, 0)
     if T > M:
         raise CapacityError(
@@ -177,21 +192,19 @@ def check_returned(device: torch.device, handle: EPHandle, returned: Returned) -
 # ---------------------------------------------------------------------- calls
 
 
-def dispatch(views: Views, x: Rows, rows: Tensor | Quantized, request: Request) -> Received:
+def dispatch(views: Views, x: Sent, request: Request) -> Received:
     """Send rows by a new routing. Collective.
 
     Args:
         views: Views of the group.
-        x: The rows as the caller passed them.
-        rows: The same for the native call.
+        x: The rows.
         request: The other arguments.
 
     Raises:
         ShapeError, RoutingError, CapacityError, MismatchError, PeerTimeout, ClosedError: as `ExpertGroup.dispatch`.
     """
-    given, index = request.given, request.topk_idx
+    given, index, rows = request.given, request.topk_idx, x.rows
     weights, stats = given.topk_weights, given.cumulative_local_expert_recv_stats
-    view = views.of(request.num_experts, index.shape[1], width(rows), request.max_tokens)
     options = DispatchOptions(
         Layout.EXPERTS if given.do_expand else Layout.ROWS,
         alignment=request.alignment if given.do_expand else 1,
@@ -199,7 +212,12 @@ def dispatch(views: Views, x: Rows, rows: Tensor | Quantized, request: Request) 
         counts="host" if request.cpu_sync else "device",
     )
     routing = Routing(index, None if weights is None else detached(weights))
-    sent = view.dispatch(rows, routing, options=options, num_sms=_sms(views, given.num_sms))
+    try:
+        view = views.of(request.num_experts, index.shape[1], width(rows), request.max_tokens)
+        sent = view.dispatch(rows, routing, options=options, num_sms=_sms(views, given.num_sms))
+    except TokenferryError as error:
+        _words(given.call).put(error, given.call, views, num_experts=request.num_experts)
+        raise
     if stats is not None:
         with torch.inference_mode():  # counters may come from it
             stats.add_(sent.expert_counts)
@@ -208,12 +226,17 @@ def dispatch(views: Views, x: Rows, rows: Tensor | Quantized, request: Request) 
     return Received(received, sent.topk_idx, sent.topk_weights, handle)
 
 
-def dispatch_again(views: Views, x: Rows, rows: Tensor | Quantized, handle: EPHandle, given: Arguments) -> Received:
+def dispatch_again(views: Views, x: Sent, handle: EPHandle, given: Arguments) -> Received:
     """Send new rows to where the rows of an earlier dispatch went, as `ExpertGroup.redispatch`. Collective."""
-    view = views.of(handle.num_experts, handle.topk_idx.shape[1], width(rows), handle.num_max_tokens_per_rank)
-    plan, weights = handle.padded(zero_padding=given.do_zero_padding), given.topk_weights
+    plan, weights, rows = handle.padded(zero_padding=given.do_zero_padding), given.topk_weights, x.rows
+    weights = None if weights is None else detached(weights)
     num_sms = _sms(views, given.num_sms or handle.asked_num_sms)
-    sent = view.redispatch(rows, plan, topk_weights=None if weights is None else detached(weights), num_sms=num_sms)
+    try:
+        view = views.of(handle.num_experts, handle.topk_idx.shape[1], width(rows), handle.num_max_tokens_per_rank)
+        sent = view.redispatch(rows, plan, topk_weights=weights, num_sms=num_sms)
+    except TokenferryError as error:
+        _words(given.call).put(error, given.call, views)
+        raise
     received = _in_the_form_of(x, sent, column_major=given.use_tma_aligned_col_major_sf)
     return Received(received, sent.topk_idx, sent.topk_weights, handle)
 
@@ -230,12 +253,17 @@ def combine(views: Views, handle: EPHandle, returned: Returned) -> tuple[Tensor,
     biases, num_sms = _biases(returned.bias), _sms(views, returned.num_sms or handle.asked_num_sms)
     if weights is not None:
         weights = detached(weights) if handle.do_expand else detached(weights).masked_fill(plan.topk_idx < 0, 0.0)
-    view = views.of(handle.num_experts, handle.topk_idx.shape[1], x.shape[1], handle.num_max_tokens_per_rank)
     # Sums of a node have the dtype of the rows when they cross to another one.
-    widens = returned.rounds_once and view.topology.num_nodes > 1 and x.element_size() < torch.float32.itemsize
+    widens = returned.rounds_once and len(views.nodes) > 1 and x.element_size() < torch.float32.itemsize
+    y = x.float() if widens else x
     if widens:
         biases = tuple(one.float() for one in biases)
-    done = view.combine(x.float() if widens else x, plan, topk_weights=weights, bias=biases or None, num_sms=num_sms)
+    try:
+        view = views.of(handle.num_experts, handle.topk_idx.shape[1], x.shape[1], handle.num_max_tokens_per_rank)
+        done = view.combine(y, plan, topk_weights=weights, bias=biases or None, num_sms=num_sms)
+    except TokenferryError as error:
+        _words(returned.call).put(error, returned.call, views)
+        raise
     return done.x.to(x.dtype) if widens else done.x, done.topk_weights
 
 
@@ -265,6 +293,11 @@ def _check_flags(given: Arguments) -> None:
         )
 
 
+def _words(call: str) -> Wording:
+    """Return the words of the class whose method was called."""
+    return ELASTIC[call.partition(".")[0]]
+
+
 def _sms(views: Views, num_sms: int) -> int | None:
     """Return the number of SMs for a native call; None: its own choice, or there are none."""
     return num_sms if num_sms and views.group.backend == "cuda" else None
@@ -274,10 +307,10 @@ def _biases(bias: Any) -> tuple[Any, ...]:  # noqa: ANN401 - any argument of a u
     return bias if isinstance(bias, tuple) else () if bias is None else (bias,)
 
 
-def _in_the_form_of(x: Rows, sent: Dispatched[Tensor | Quantized], *, column_major: bool) -> Rows:
+def _in_the_form_of(x: Sent, sent: Dispatched[Tensor | Quantized], *, column_major: bool) -> Rows:
     """Return received rows in the form in which they were sent, with scales by row or by column."""
-    if not column_major or not isinstance(sent.x, Quantized) or isinstance(x, Tensor):
-        return from_native(sent.x, x)
+    if not column_major or not isinstance(sent.x, Quantized) or not x.scale_dims:
+        return from_native(sent.x, x.scale_dims)
     data, scale = sent.x.data, sent.x.scale
     num_rows, columns = scale.shape
     padded = torch.empty(columns, round_up(num_rows, _TMA_ROWS), dtype=scale.dtype, device=scale.device)

@@ -105,6 +105,7 @@ class EPBuffer(ExpertBuffer):
             num_max_tokens_per_rank=num_max_tokens_per_rank,
             hidden=hidden,
             num_topk=num_topk,
+            use_fp8_dispatch=use_fp8_dispatch,
             deterministic=deterministic,
             allow_hybrid_mode=allow_hybrid_mode,
             allow_multiple_reduction=allow_multiple_reduction,
@@ -139,9 +140,18 @@ class EPBuffer(ExpertBuffer):
             sm_write_gbs: The same.
 
         Raises:
-            ConfigError: CUDA: E is not a multiple of R, or a size is not positive.
+            ArgumentError: a size is not a positive integer, or another argument no number of at least 0.
+            ConfigError: CUDA: E is not a multiple of R.
         """
-        return self._advised_num_sms(num_experts, num_topk)
+        return self._advised_num_sms(
+            num_experts,
+            num_topk,
+            num_scaleout_topk,
+            rdma_gbs=rdma_gbs,
+            nvlink_gbs=nvlink_gbs,
+            sm_read_gbs=sm_read_gbs,
+            sm_write_gbs=sm_write_gbs,
+        )
 
     @without_grad
     def dispatch(

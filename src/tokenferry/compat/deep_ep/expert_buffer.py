@@ -14,9 +14,10 @@ from tokenferry.ambient import methods_not_compiled, not_compiled, without_grad
 from tokenferry.api import Connected, ExpertGroup
 from tokenferry.checks import check_flags
 from tokenferry.compat.deep_ep import elastic_calls as calls
-from tokenferry.compat.deep_ep.arguments import Rows, check_integer
+from tokenferry.compat.deep_ep.arguments import Rows, check_integer, check_speeds
 from tokenferry.compat.deep_ep.config import round_up
 from tokenferry.compat.deep_ep.connect import LEAST_HEAP_BYTES, closing, connect
+from tokenferry.compat.deep_ep.dialects import ELASTIC, barrier
 from tokenferry.compat.deep_ep.elastic_arguments import Arguments, Returned
 from tokenferry.compat.deep_ep.elastic_calls import Received
 from tokenferry.compat.deep_ep.elastic_handle import CPU_NUM_SMS
@@ -24,7 +25,8 @@ from tokenferry.compat.deep_ep.elastic_streams import ElasticWhen, run
 from tokenferry.compat.deep_ep.streams import Lane, when_of
 from tokenferry.compat.deep_ep.utils.event import EventHandle, EventOverlap
 from tokenferry.compat.deep_ep.views import Views
-from tokenferry.errors import ArgumentError, ClosedError
+from tokenferry.compat.deep_ep.wording import put_term
+from tokenferry.errors import ArgumentError, ClosedError, ConfigError, TokenferryError
 from tokenferry.options import check_group
 from tokenferry.types import DispatchOptions, Routing
 
@@ -35,13 +37,27 @@ _NO_SERVICE_LEVEL = (None, 0, 3)
 default of DeepEP 2."""
 _UNKNOWN_TOP_K = 32
 """K of the sizes if it is not known, as in DeepEP."""
+_FLAGS = (
+    "use_fp8_dispatch", "deterministic", "allow_hybrid_mode", "allow_multiple_reduction", "prefer_overlap_with_compute",
+    "explicitly_destroy",
+)  # fmt: skip
 _TYPICAL_HIDDEN, _MANY_TOKENS = 7168, 4096
 """Sizes for which SMs are advised if the constructor got none."""
+
+
+def num_ranks_of(call: str, group: dist.ProcessGroup | None) -> int:
+    """Return the number of ranks of a process group; raise ConfigError unless this process can use it."""
+    try:
+        return check_group(group)
+    except ConfigError as error:
+        put_term(error, call, {})
+        raise
 
 
 @not_compiled
 def get_physical_domain_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
     """Return the number of nodes and of ranks in each. Collective: it makes a group of tokenferry, and closes it."""
+    num_ranks_of("get_physical_domain_size", group)
     made = ExpertGroup._with_heap(group, heap_bytes=_BYTES_UNIT)
     try:
         return made.topology.num_nodes, made.topology.ranks_per_node
@@ -51,7 +67,8 @@ def get_physical_domain_size(group: dist.ProcessGroup | None) -> tuple[int, int]
 
 def get_logical_domain_size(group: dist.ProcessGroup | None, allow_hybrid_mode: bool = True) -> tuple[int, int]:
     """Return 1 and R: ranks of all nodes are addressed alike, whatever ``allow_hybrid_mode`` says. Local."""
-    return 1, check_group(group)
+    check_flags("get_logical_domain_size", allow_hybrid_mode=allow_hybrid_mode)
+    return 1, num_ranks_of("get_logical_domain_size", group)
 
 
 @dataclass(slots=True, eq=False)
@@ -62,6 +79,7 @@ class Settings:
     num_max_tokens_per_rank: int
     hidden: int
     num_topk: int
+    use_fp8_dispatch: bool
     deterministic: bool
     allow_hybrid_mode: bool
     allow_multiple_reduction: bool
@@ -108,11 +126,7 @@ class ExpertBuffer(Connected):
         call, num_bytes = self._NAME, given.num_bytes
         for name in ("num_max_tokens_per_rank", "hidden", "num_topk", "num_allocated_qps"):
             check_integer(call, name, getattr(given, name), 0)
-        check_flags(
-            call,
-            allow_multiple_reduction=given.allow_multiple_reduction,
-            explicitly_destroy=given.explicitly_destroy,
-        )
+        check_flags(call, **{name: getattr(given, name) for name in _FLAGS})
         if given.sl_idx is not None:
             check_integer(call, "sl_idx", given.sl_idx, 0)
         if num_bytes is None and not given.num_max_tokens_per_rank:
@@ -197,8 +211,14 @@ class ExpertBuffer(Connected):
         check_integer(call, "num_max_tokens_per_rank", num_max_tokens_per_rank, 1)
         check_integer(call, "hidden", hidden, 1)
         check_integer(call, "num_topk", num_topk, 0)
+        check_flags(
+            call,
+            use_fp8_dispatch=use_fp8_dispatch,
+            allow_hybrid_mode=allow_hybrid_mode,
+            allow_multiple_reduction=allow_multiple_reduction,
+        )
         row_bytes = 2 * hidden + 24 * (num_topk or _UNKNOWN_TOP_K) + 8  # data; weights, ids and places; source token
-        num_rows = num_max_tokens_per_rank * check_group(group)
+        num_rows = num_max_tokens_per_rank * num_ranks_of(call, group)
         return round_up(5 * num_rows * row_bytes, _BYTES_UNIT)
 
     @staticmethod
@@ -239,45 +259,58 @@ class ExpertBuffer(Connected):
         """
         call = f"{self._NAME}.barrier"
         self._open(call)
-        check_flags(call, use_comm_stream=use_comm_stream, with_cpu_sync=with_cpu_sync)
+        check_flags(call, use_comm_stream=use_comm_stream, with_cpu_sync=with_cpu_sync, sequential=sequential)
         # Nobody is done with a dispatch before all have begun it, even if there is nothing to send.
         nothing = torch.empty(0, 16, dtype=torch.uint8, device=self._experts.device)
         routing = Routing(torch.empty(0, 1, dtype=torch.int64, device=nothing.device))
-        rows = calls.checked_rows(call, nothing, nothing.device)
+        rows = calls.checked_rows(call, nothing, nothing.device).rows
         options = DispatchOptions(counts="device")
 
         def meet() -> None:
             self._views.of(self.num_ranks, 1, 16, 1).dispatch(rows, routing, options=options)
 
-        _, event = self._lane.run(call, when_of(None, use_comm_stream, False), (nothing, routing), meet)
-        if event.event is not None:
-            event.current_stream_wait()
-        if with_cpu_sync:
-            self._experts.synchronize()
+        try:
+            _, event = self._lane.run(call, when_of(None, use_comm_stream, False), (nothing, routing), meet)
+            if event.event is not None:
+                event.current_stream_wait()
+            if with_cpu_sync:
+                self._experts.synchronize()
+        except TokenferryError as error:
+            ELASTIC[self._NAME].put(error, call, self._views, barrier(self._NAME))
+            raise
 
     # ------------------------------------------------------------------ for subclasses
 
-    def _advised_num_sms(self, num_experts: int, num_topk: int) -> int:
+    def _advised_num_sms(self, num_experts: int, num_topk: int, num_scaleout_topk: int, **speeds: float) -> int:
         """Return how many SMs both directions can use: even, at least 4, and no more than there are; on the CPU 20."""
+        call = f"{self._NAME}.get_theoretical_num_sms"
+        check_integer(call, "num_experts", num_experts, 1)
+        check_integer(call, "num_topk", num_topk, 1)
+        check_integer(call, "num_scaleout_topk", num_scaleout_topk, 0)
+        check_speeds(call, **speeds)
         if self._experts.backend != "cuda":
             return CPU_NUM_SMS
         most_tokens = self.num_max_tokens_per_rank or _MANY_TOKENS
-        sms = self._views.of(num_experts, num_topk, self._hidden or _TYPICAL_HIDDEN, most_tokens)._call_sms()
+        try:
+            sms = self._views.of(num_experts, num_topk, self._hidden or _TYPICAL_HIDDEN, most_tokens)._call_sms()
+        except TokenferryError as error:
+            ELASTIC[self._NAME].put(error, call, self._views)
+            raise
         assert sms is not None
         return max(4, max(sms.dispatch, sms.combine) // 2 * 2)
 
     def _dispatch(self, x: Rows, handle: object, given: Arguments, when: ElasticWhen) -> tuple[Received, EventOverlap]:
         """Send rows by a new routing or along a handle; see `ElasticBuffer.dispatch`. Collective."""
-        rows = calls.checked_rows(given.call, x, self._experts.device)
+        sent = calls.checked_rows(given.call, x, self._experts.device)
         if handle is not None:
             known = calls.checked_handle(given.call, handle)
             calls.check_again(known, given)
             inputs: tuple[Any, ...] = (x, given.topk_weights, known)
-            work = partial(calls.dispatch_again, self._views, x, rows, known, given)
+            work = partial(calls.dispatch_again, self._views, sent, known, given)
         else:
-            request = calls.resolved(self._experts, rows, given, self.num_max_tokens_per_rank)
+            request = calls.resolved(self._experts, sent.rows, given, self.num_max_tokens_per_rank)
             inputs = (x, given.topk_idx, given.topk_weights, given.cumulative_local_expert_recv_stats)
-            work = partial(calls.dispatch, self._views, x, rows, request)
+            work = partial(calls.dispatch, self._views, sent, request)
         done, event = run(self._lane, given.call, when, inputs, work)
         if handle is None:
             done.handle.note_event(event.event)
@@ -296,7 +329,11 @@ class ExpertBuffer(Connected):
         """Raise ClosedError after `destroy`, after an error that broke the group, and in a forked child."""
         if self.runtime is None:
             raise ClosedError(f"{call}: the {self._NAME} was destroyed; make a new one")
-        self._experts._ready(call)
+        try:
+            self._experts._ready(call)
+        except ClosedError as error:
+            ELASTIC[self._NAME].put(error, call, self._views)
+            raise
 
 
 def _timeout_s(call: str, given: Settings) -> float | None:

@@ -36,12 +36,16 @@ from torch import Tensor
 
 from tokenferry.ambient import methods_not_compiled, without_grad
 from tokenferry.api import Connected
+from tokenferry.checks import check_flags
 from tokenferry.compat.deep_ep import hybrid_calls as calls
-from tokenferry.compat.deep_ep.arguments import check_integer, detached, height, to_native
+from tokenferry.compat.deep_ep.arguments import check_integer, check_optional, detached, height
 from tokenferry.compat.deep_ep.connect import LEAST_HEAP_BYTES, closing, connect
+from tokenferry.compat.deep_ep.dialects import HYBRID
 from tokenferry.compat.deep_ep.elastic import ElasticBuffer
+from tokenferry.compat.deep_ep.expert_buffer import num_ranks_of
 from tokenferry.compat.deep_ep.hybrid_calls import COMBINE, DISPATCH, HybridHandle
 from tokenferry.compat.deep_ep.views import Views
+from tokenferry.errors import ClosedError
 from tokenferry.types import Quantized
 
 
@@ -116,6 +120,22 @@ class HybridEPBuffer(Connected):
         ):
             if value is not None:
                 check_integer(call, name, value, 1)
+        check_flags(
+            call,
+            use_fp8=use_fp8,
+            load_cached_kernels=load_cached_kernels,
+            use_shared_buffer=use_shared_buffer,
+            enable_custom_allgather=enable_custom_allgather,
+            use_mnnvl=use_mnnvl,
+        )
+        check_optional(
+            call,
+            num_sms_preprocessing_api=num_sms_preprocessing_api,
+            num_blocks_permute=num_blocks_permute,
+            num_blocks_unpermute=num_blocks_unpermute,
+            num_of_hybrid_ep_ranks_per_nvlink_domain=num_of_hybrid_ep_ranks_per_nvlink_domain,
+        )
+        num_ranks_of(call, group)
         num_bytes = ElasticBuffer.get_buffer_size_hint(group, max(1, max_num_of_tokens_per_rank), hidden_dim)
         self._experts = connect(call, group, heap_bytes=max(num_bytes, LEAST_HEAP_BYTES))
         self.group = group
@@ -155,7 +175,7 @@ class HybridEPBuffer(Connected):
         """Send every token to its experts, and deliver a row for each (token, local expert), by expert. Collective.
 
         Args:
-            hidden: ``[T, H]``.
+            hidden: ``[T, H]``: rows without their scales.
             topk_idx: ``[T, K]`` int64 or int32 in ``[-1, E)``, instead of ``routing_map``, which counts if both are
                 given.
             topk_weights: ``[T, K]`` float32 with ``topk_idx``, instead of ``probs``, which count if both are given.
@@ -182,12 +202,9 @@ class HybridEPBuffer(Connected):
             ShapeError, RoutingError, CapacityError, PlanError, ConfigError, MismatchError, PeerTimeout, ClosedError: as
                 `ExpertGroup.dispatch`.
         """
-        self._experts._ready(DISPATCH)
-        if scaling_factor is None:
-            rows = to_native(DISPATCH, hidden, "hidden")
-        else:
-            rows = to_native(DISPATCH, (hidden, scaling_factor), "hidden, scaling_factor")
-        calls.check_rows(self._experts, rows, scaling_factor)
+        self._open(DISPATCH)
+        check_flags(DISPATCH, use_fp8=use_fp8, fuse_permute_dispatch=fuse_permute_dispatch, non_blocking=non_blocking)
+        rows = calls.checked_rows(self._experts, hidden, scaling_factor)
         given = calls.Arguments(
             topk_idx=topk_idx,
             topk_weights=topk_weights,
@@ -241,8 +258,17 @@ class HybridEPBuffer(Connected):
         Raises:
             ArgumentError, ShapeError, PlanError, MismatchError, PeerTimeout, ClosedError: as `ExpertGroup.combine`.
         """
-        self._experts._ready(COMBINE)
+        self._open(COMBINE)
+        check_flags(COMBINE, fuse_unpermute_combine=fuse_unpermute_combine)
         known = calls.checked_handle(COMBINE, handle, pad_multiple)
         calls.check_returned(self._experts, hidden, probs, known)
         weights = None if probs is None else detached(probs)
         return calls.combine(self._views, detached(hidden), weights, known, self._combine_sms)
+
+    def _open(self, call: str) -> None:
+        """Raise ClosedError after an error that broke the group, and in a forked child."""
+        try:
+            self._experts._ready(call)
+        except ClosedError as error:
+            HYBRID.put(error, call, self._views)
+            raise

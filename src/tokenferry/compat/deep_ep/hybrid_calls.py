@@ -11,18 +11,21 @@ from torch.nn.functional import pad
 
 from tokenferry.ambient import methods_not_compiled
 from tokenferry.api import ExpertGroup
-from tokenferry.checks import FLOATS, INDICES, Checks, check_flags, check_plain
-from tokenferry.compat.deep_ep.arguments import check_integer, detached, width
+from tokenferry.checks import FLOATS, INDICES, Checks, check_plain
+from tokenferry.compat.deep_ep.arguments import check_alignment, check_integer, detached, to_native, width
 from tokenferry.compat.deep_ep.config import MAX_CHOICES, round_up
+from tokenferry.compat.deep_ep.dialects import COUNTS, HYBRID, HYBRID_COMBINE, HYBRID_DISPATCH, MOST_CHOICES
 from tokenferry.compat.deep_ep.handles import HandleBase
 from tokenferry.compat.deep_ep.throughput import ANY_NUM_TOKENS
 from tokenferry.compat.deep_ep.views import Views
-from tokenferry.errors import ArgumentError, PlanError
+from tokenferry.compat.deep_ep.wording import Step
+from tokenferry.errors import ArgumentError, PlanError, ShapeError, TokenferryError
 from tokenferry.types import Dispatched, DispatchOptions, Layout, Plan, Quantized, Routing
 
-DISPATCH, COMBINE = "HybridEPBuffer.dispatch_with_permute", "HybridEPBuffer.combine_with_unpermute"
+DISPATCH, COMBINE = HYBRID_DISPATCH, HYBRID_COMBINE
 
 _BOOL, _FLOAT32 = (torch.bool,), (torch.float32,)
+_E = {"num_experts": "num_of_experts"}
 _TOKENS_PER_EXPERT, _NUM_TOKENS, _OVERFLOW = 7, 8, 10
 
 
@@ -98,18 +101,23 @@ class Chosen:
 # ---------------------------------------------------------------------- checks
 
 
-def check_rows(group: ExpertGroup, rows: Tensor | Quantized, scale: Tensor | None) -> None:
+def checked_rows(group: ExpertGroup, hidden: object, scale: object) -> Tensor | Quantized:
     """Check everything about rows and scales here: numbers travel before them, and other ranks would wait for rows.
 
     Raises:
         ShapeError: they cannot be sent; names the argument.
     """
+    if isinstance(hidden, tuple):
+        raise ShapeError(f"{DISPATCH}: hidden: expected a tensor [T, H], got a tuple; pass scales as scaling_factor")
     check = Checks(DISPATCH, group.device)
-    data, dtypes = (rows.data, None) if isinstance(rows, Quantized) else (rows, FLOATS)
-    check_plain(DISPATCH, "hidden", check.tensor("hidden", data, "T H", dtypes))
+    data = check.tensor("hidden", hidden, "T H", None)
+    check_plain(DISPATCH, "hidden", data)
     check.row_bytes("hidden", data)
-    if scale is not None:
-        check_plain(DISPATCH, "scaling_factor", check.tensor("scaling_factor", scale, "T S", None, contiguous=False))
+    if scale is None:
+        return to_native(DISPATCH, data, "hidden")[0]
+    scales = check.tensor("scaling_factor", scale, "T S", None, contiguous=False)
+    check_plain(DISPATCH, "scaling_factor", scales)
+    return Quantized(detached(data), detached(scales))
 
 
 def resolved(group: ExpertGroup, num_tokens: int, given: Arguments) -> Chosen:
@@ -122,6 +130,12 @@ def resolved(group: ExpertGroup, num_tokens: int, given: Arguments) -> Chosen:
     check = Checks(DISPATCH, group.device).given("hidden", T=num_tokens)
     index, E = given.topk_idx, given.num_of_experts
     if given.routing_map is not None:
+        for name, other, dtypes in (
+            ("topk_idx", given.topk_idx, INDICES),
+            ("topk_weights", given.topk_weights, _FLOAT32),
+        ):
+            if other is not None:
+                check.tensor(name, other, "T K", dtypes, contiguous=False)
         routing_map, index = check.tensor("routing_map", given.routing_map, "T E", _BOOL), None
         if given.topk_weights is not None and given.probs is None:
             raise ArgumentError(f"{DISPATCH}: topk_weights: belong to topk_idx, but routing_map counts; pass probs")
@@ -140,12 +154,14 @@ def resolved(group: ExpertGroup, num_tokens: int, given: Arguments) -> Chosen:
         check.given("the experts", E=E).tensor("probs", probs, "T E", _FLOAT32)
     elif given.topk_weights is not None and index is not None:
         probs = spread(detached(check.tensor("topk_weights", given.topk_weights, "T K", _FLOAT32)), index, E)
-    check_flags(DISPATCH, non_blocking=given.non_blocking)
+    if probs is not None:  # they are sent behind numbers
+        check_plain(DISPATCH, "probs", probs.resolve_neg())
     if given.num_permuted_tokens is not None:
         check_integer(DISPATCH, "num_permuted_tokens", given.num_permuted_tokens, 1)
     elif given.non_blocking:
         raise ArgumentError(f"{DISPATCH}: non_blocking: needs num_permuted_tokens, got None; pass both")
     alignment = _alignment(DISPATCH, given.pad_multiple)
+    check_alignment(DISPATCH, "pad_multiple", alignment, max(1, E // group.num_ranks), 0)
     return Chosen(routing_map, index, probs, alignment, cast("int | None", given.num_permuted_tokens))
 
 
@@ -201,7 +217,8 @@ def check_again(group: ExpertGroup, num_tokens: int, given: Arguments, handle: H
                 f"{DISPATCH}: {name}: expected None, since handle has the routing; leave out one of them"
             )
     rows, known = given.num_permuted_tokens, handle.plan.num_delivered
-    if isinstance(rows, Tensor) and rows.numel() == 1:  # Megatron-Core passes a sum of counts, on their device
+    if isinstance(rows, Tensor) and rows.dtype in INDICES and rows.numel() == 1:
+        # Megatron-Core passes a sum of counts, on their device.
         rows = int(rows) if group.device.type == rows.device.type == "cpu" else None
     if rows is not None and (type(rows) is not int or rows != known):
         raise ArgumentError(f"{DISPATCH}: num_permuted_tokens: expected None or {known}, as in handle, got {rows!r}")
@@ -260,9 +277,9 @@ def dispatch(
     """
     index, routing_map, A = chosen.topk_idx, chosen.routing_map, chosen.alignment
     if index is None:
-        views.of(routing_map.shape[1], 1, width(rows), ANY_NUM_TOKENS)  # says what is wrong before anything is sent
+        _check_sizes(views, routing_map.shape[1], 1, width(rows), ANY_NUM_TOKENS)
         most = routing_map.sum(1).amax(dim=0, keepdim=True) if len(routing_map) else _zero(views, torch.int64)
-        index = _indices(routing_map, max(1, int(_gathered(views, most).amax().item())))
+        index = _indices(routing_map, max(1, int(_gathered(views, most, MOST_CHOICES).amax().item())))
     else:
         index = _without_repeats(index)
     options = DispatchOptions(Layout.EXPERTS, alignment=A, zero_padding=A > 1)
@@ -290,9 +307,9 @@ def dispatch_into(
     group, A, budget, num_experts = views.group, chosen.alignment, chosen.budget, chosen.routing_map.shape[1]
     assert budget is not None
     top_k = num_experts if group.backend == "cpu" else min(num_experts, MAX_CHOICES)
-    views.of(num_experts, top_k, width(rows), most_tokens)  # says what is wrong before anything is sent
+    _check_sizes(views, num_experts, top_k, width(rows), most_tokens)
     wanted = chosen.routing_map & (chosen.routing_map.cumsum(1) <= top_k)
-    counts = _gathered(views, wanted.sum(0))
+    counts = _gathered(views, wanted.sum(0).to(torch.int32), COUNTS)
     total = counts.sum(0).view(group.num_ranks, -1)
     padded = _rounded_up(total, A)
     first, space = padded.cumsum(1) - padded, budget // A * A
@@ -309,17 +326,25 @@ def dispatch_again(
     views: Views, rows: Tensor | Quantized, probs: Tensor | None, handle: HybridHandle, num_sms: int | None
 ) -> Dispatched[Tensor | Quantized]:
     """Send new rows to where those of ``handle`` went. Collective."""
-    view = _view_of(views, handle, width(rows))
     weights = None if probs is None else _weights(probs, handle.topk_idx)
-    return view.redispatch(rows, handle.plan, topk_weights=weights, num_sms=num_sms)
+    try:
+        view = _view_of(views, handle, width(rows))
+        return view.redispatch(rows, handle.plan, topk_weights=weights, num_sms=num_sms)
+    except TokenferryError as error:
+        HYBRID.put(error, DISPATCH, views)
+        raise
 
 
 def combine(
     views: Views, hidden: Tensor, probs: Tensor | None, handle: HybridHandle, num_sms: int | None
 ) -> tuple[Tensor, Tensor | None]:
     """Add up the rows of each token; return them and, if ``probs`` were given, ``[T, E]`` float32. Collective."""
-    view = _view_of(views, handle, hidden.shape[1])
-    done = view.combine(hidden, handle.plan, topk_weights=probs, num_sms=num_sms)
+    try:
+        view = _view_of(views, handle, hidden.shape[1])
+        done = view.combine(hidden, handle.plan, topk_weights=probs, num_sms=num_sms)
+    except TokenferryError as error:
+        HYBRID.put(error, COMBINE, views)
+        raise
     if done.topk_weights is None:
         return done.x, None
     return done.x, spread(done.topk_weights, handle.topk_idx, handle.num_experts)
@@ -335,8 +360,21 @@ def _sent(
     num_sms: int | None,
 ) -> Dispatched[Tensor | Quantized]:
     weights = None if chosen.probs is None else _weights(chosen.probs, index)
-    view = views.of(chosen.routing_map.shape[1], index.shape[1], width(rows), most_tokens)
-    return view.dispatch(rows, Routing(index, weights), options=options, num_sms=num_sms)
+    try:
+        view = views.of(chosen.routing_map.shape[1], index.shape[1], width(rows), most_tokens)
+        return view.dispatch(rows, Routing(index, weights), options=options, num_sms=num_sms)
+    except TokenferryError as error:
+        HYBRID.put(error, DISPATCH, views, num_experts=chosen.routing_map.shape[1], renamed=_E)
+        raise
+
+
+def _check_sizes(views: Views, num_experts: int, top_k: int, hidden: int, most_tokens: int) -> None:
+    """Raise, before numbers are sent, what a view for these sizes raises."""
+    try:
+        views.of(num_experts, top_k, hidden, most_tokens)
+    except TokenferryError as error:
+        HYBRID.put(error, DISPATCH, views, renamed=_E)
+        raise
 
 
 def _view_of(views: Views, handle: HybridHandle, hidden: int) -> ExpertGroup:
@@ -356,18 +394,25 @@ def _indices(routing_map: Tensor, top_k: int) -> Tensor:
     return index.masked_fill(index == num_experts, -1).contiguous()
 
 
-def _gathered(views: Views, numbers: Tensor) -> Tensor:
-    """Return ``[R, n]`` int64: the ``[n]`` numbers of each rank, below 2 ** 31. Collective; the host does not wait."""
+def _gathered(views: Views, numbers: Tensor, step: Step) -> Tensor:
+    """Return ``[R, n]`` int64: the ``[n]`` numbers of each rank. Collective; the host does not wait.
+
+    Numbers of different steps have different dtypes, so that they are never taken for each other.
+    """
     group, num_ranks = views.group, views.group.num_ranks
     top_k = min(num_ranks, MAX_CHOICES)
     num_rows = -(-num_ranks // top_k)
     ranks = torch.arange(num_ranks, dtype=torch.int64, device=group.device)
     to = pad(ranks, (0, num_rows * top_k - num_ranks), value=-1).view(num_rows, top_k)
-    row = pad(numbers.to(torch.int32), (0, -numbers.shape[0] % 4)).expand(num_rows, -1).contiguous()
+    row = pad(numbers, (0, -numbers.shape[0] % (16 // numbers.element_size()))).expand(num_rows, -1).contiguous()
     message = Quantized(row, row.new_empty((num_rows, 0)))
     options = DispatchOptions(counts="device", capacity=num_ranks)
-    view = views.of(num_ranks, top_k, row.shape[1], num_rows)
-    sent = view.dispatch(message, Routing(to), options=options)
+    try:
+        view = views.of(num_ranks, top_k, row.shape[1], num_rows)
+        sent = view.dispatch(message, Routing(to), options=options)
+    except TokenferryError as error:
+        HYBRID.put(error, DISPATCH, views, step)
+        raise
     return sent.x.data[:, : numbers.shape[0]].long()
 
 

@@ -12,13 +12,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tokenferry.ambient import methods_not_compiled
+from tokenferry.ambient import methods_not_compiled, not_compiled
 from tokenferry.api import ExpertGroup
 from tokenferry.checks import INDICES, Checks, check_plain, fits, stands_for_others
 from tokenferry.compat.deep_ep.arguments import check_sizes, detached
+from tokenferry.compat.deep_ep.dialects import CLEAN, V1
 from tokenferry.compat.deep_ep.handles import HandleBase
 from tokenferry.compat.deep_ep.views import Views
-from tokenferry.errors import ArgumentError, CapacityError, ConfigError, PlanError, ShapeError
+from tokenferry.errors import ArgumentError, CapacityError, ConfigError, PlanError, ShapeError, TokenferryError
 from tokenferry.types import DecodePlan, DecodeStats, Quantized, Routing, Scale
 
 Hook = Callable[[], None]
@@ -129,7 +130,7 @@ def dispatch(
         ShapeError, RoutingError, ConfigError, MismatchError, PeerTimeout, ClosedError: as
         `ExpertGroup.decode_dispatch`.
     """
-    max_tokens, num_experts = given.max_tokens, given.num_experts
+    call, max_tokens, num_experts = "Buffer.low_latency_dispatch", given.max_tokens, given.num_experts
     if not (
         isinstance(x, Tensor)
         and isinstance(topk_idx, Tensor)
@@ -140,9 +141,10 @@ def dispatch(
     hidden = x.shape[1]
     try:
         view = views.of(num_experts, topk_idx.shape[1], hidden, max_tokens)
-    except ConfigError:  # it has the names of `MoeShape`
-        call = "Buffer.low_latency_dispatch"
-        check_sizes(call, num_max_dispatch_tokens_per_rank=max_tokens, num_experts=num_experts)
+    except TokenferryError as error:
+        if isinstance(error, ConfigError):  # it has the names of `MoeShape`
+            check_sizes(call, num_max_dispatch_tokens_per_rank=max_tokens, num_experts=num_experts)
+        V1.put(error, call, views)
         raise
     kept = None
     if not views.on_gpu and not stands_for_others(topk_idx):
@@ -156,12 +158,14 @@ def dispatch(
             stats=None if uncounted else DecodeStats(given.received, given.wait_ns),
             return_hook=given.return_hook,
         )
-    except (ShapeError, CapacityError):
-        _check_dispatch(views.group, x, topk_idx, given)
+    except TokenferryError as error:
+        if isinstance(error, ShapeError | CapacityError):
+            _check_dispatch(views.group, x, topk_idx, given)
+        V1.put(error, call, views, num_experts=num_experts)
         raise
     rows = (sent.x.data, sent.x.scale) if isinstance(sent.x, Quantized) else sent.x
     handle = Handle(sent.plan, max_tokens, hidden, num_experts, kept)
-    return rows, sent.expert_counts, handle, sent.hook if given.return_hook else None
+    return rows, sent.expert_counts, handle, _hook(views, call, sent.hook) if given.return_hook else None
 
 
 def _check_dispatch(group: ExpertGroup, x: Tensor, topk_idx: Tensor, given: DispatchArguments) -> None:
@@ -228,8 +232,8 @@ def combine(
                 "handle; write the rows there first, or pass zero_copy=False"
             )
         x = known.combine_buffer
-    view = views.of(known.num_experts, top_k, hidden, known.max_tokens)
     try:
+        view = views.of(known.num_experts, top_k, hidden, known.max_tokens)
         done = view.decode_combine(
             detached(x),
             plan,
@@ -238,10 +242,26 @@ def combine(
             stats=None if given.wait_ns is None else DecodeStats(None, given.wait_ns),
             return_hook=given.return_hook,
         )
-    except ShapeError:
-        _check_combine(group, x, topk_idx, topk_weights, known, given)
+    except TokenferryError as error:
+        if isinstance(error, ShapeError):
+            _check_combine(group, x, topk_idx, topk_weights, known, given)
+        V1.put(error, call, views)
         raise
-    return done.x, done.hook if given.return_hook else None
+    return done.x, _hook(views, call, done.hook) if given.return_hook else None
+
+
+def _hook(views: Views, call: str, receive: Hook) -> Hook:
+    """Return a hook whose errors have the words of this API."""
+
+    @not_compiled
+    def hook() -> None:
+        try:
+            receive()
+        except TokenferryError as error:
+            V1.put(error, call, views)
+            raise
+
+    return hook
 
 
 def _check_combine(
@@ -280,7 +300,11 @@ def meet(views: Views) -> None:
     group = views.group
     x = torch.empty(0, LOGFMT_COLUMNS, dtype=torch.bfloat16, device=group.device)
     nowhere = torch.empty(0, 1, dtype=torch.int64, device=group.device)
-    views.of(group.num_ranks, 1, LOGFMT_COLUMNS, 1).decode_dispatch(x, Routing(nowhere))
+    try:
+        views.of(group.num_ranks, 1, LOGFMT_COLUMNS, 1).decode_dispatch(x, Routing(nowhere))
+    except TokenferryError as error:
+        V1.put(error, CLEAN.name, views, CLEAN)
+        raise
 
 
 def combine_buffer(group: ExpertGroup, handle: object) -> Tensor:

@@ -12,12 +12,13 @@ from tokenferry.api import ExpertGroup
 from tokenferry.checks import Checks, check_flags
 from tokenferry.compat.deep_ep import config as configs
 from tokenferry.compat.deep_ep import low_latency
-from tokenferry.compat.deep_ep.arguments import Rows, check_integer, check_sizes, refuse
+from tokenferry.compat.deep_ep.arguments import Rows, check_integer, check_optional, check_sizes, refuse
+from tokenferry.compat.deep_ep.dialects import V1
 from tokenferry.compat.deep_ep.low_latency import Handle, Hook
 from tokenferry.compat.deep_ep.streams import Lane, When
 from tokenferry.compat.deep_ep.utils.event import EventOverlap
 from tokenferry.compat.deep_ep.views import Views
-from tokenferry.errors import ArgumentError, ClosedError
+from tokenferry.errors import ArgumentError, ClosedError, TokenferryError
 
 _OVERLAP_REMEDY = "combine after the experts are done, without the arguments that overlap the two"
 
@@ -43,7 +44,11 @@ class LowLatencyCalls:
         """Raise ClosedError after `Buffer.destroy`, after an error that broke the group, and in a forked child."""
         if self.runtime is None:
             raise ClosedError(f"{call}: the Buffer was destroyed; make a new one")
-        self._experts._ready(call)
+        try:
+            self._experts._ready(call)
+        except ClosedError as error:
+            V1.put(error, call, self._views)
+            raise
 
     def _decoding(self, call: str) -> None:
         self._open(call)
@@ -115,7 +120,11 @@ class LowLatencyCalls:
         self._shrinking(call)
         check_integer(call, "rank_to_mask", rank_to_mask, 0)
         check_flags(call, mask=mask)
-        self._experts.mask(rank_to_mask, masked=bool(mask))
+        try:
+            self._experts.mask(rank_to_mask, masked=bool(mask))
+        except TokenferryError as error:
+            V1.put(error, call, self._views, renamed={"rank": "rank_to_mask"})
+            raise
 
     def low_latency_query_mask_buffer(self, mask_status: Tensor) -> None:
         """Fill ``mask_status`` ``[R]`` int32 with 1 for each rank that is skipped and 0 for the others. Local.
@@ -142,9 +151,14 @@ class LowLatencyCalls:
         Raises:
             ArgumentError: ``enable_shrink`` is False.
         """
-        self._shrinking("Buffer.low_latency_clean_mask_buffer")
-        for rank in self._experts.masked_ranks:
-            self._experts.mask(rank, masked=False)
+        call = "Buffer.low_latency_clean_mask_buffer"
+        self._shrinking(call)
+        try:
+            for rank in self._experts.masked_ranks:
+                self._experts.mask(rank, masked=False)
+        except TokenferryError as error:
+            V1.put(error, call, self._views)
+            raise
 
     # ------------------------------------------------------------------ dispatch and combine
 
@@ -275,7 +289,7 @@ class LowLatencyCalls:
             comp_signal: Not supported; must be None.
             block_m: Not supported; must be None.
             threshold: Not supported; must be None.
-            num_sms: A hint without effect.
+            num_sms: A hint without effect; checked.
 
         Returns:
             (``[T, H]``, event, hook or None).
@@ -309,6 +323,8 @@ class LowLatencyCalls:
                 block_m=block_m,
                 threshold=threshold,
             )
+        if num_sms is not None:
+            check_optional(call, num_sms=num_sms)
         _exclusive(call, async_finish, return_recv_hook)
         if not (type(use_logfmt) is type(zero_copy) is bool):
             check_flags(call, use_logfmt=use_logfmt, zero_copy=zero_copy)

@@ -24,10 +24,11 @@ from tokenferry.compat.deep_ep.arguments import (
     to_native,
     width,
 )
+from tokenferry.compat.deep_ep.dialects import TOTALS, V1, WITHOUT_EXPERTS
 from tokenferry.compat.deep_ep.handles import HandleBase
 from tokenferry.compat.deep_ep.streams import HoldsTensors
 from tokenferry.compat.deep_ep.views import Views
-from tokenferry.errors import ArgumentError, CapacityError, MismatchError, PlanError
+from tokenferry.errors import ArgumentError, CapacityError, ConfigError, PlanError, TokenferryError
 from tokenferry.types import DispatchOptions, Plan, Quantized, Routing
 
 ANY_NUM_TOKENS = 2**31 - 1
@@ -70,6 +71,7 @@ class Handle(HandleBase):
         rank: This rank.
         num_experts: E of the dispatch.
         top_k: K of the dispatch.
+        routed: Whether it had ``topk_idx``; without, E and K are R.
     """
 
     _NUM_ELEMENTS: ClassVar[int] = 7
@@ -79,6 +81,7 @@ class Handle(HandleBase):
     rank: int
     num_experts: int
     top_k: int
+    routed: bool = True
 
     def managed_by_torch(self) -> tuple[Tensor | None, ...]:
         """See `HoldsTensors`."""
@@ -144,10 +147,14 @@ def layout_of(views: Views, topk_idx: Tensor, num_experts: int, call: str) -> To
     group = views.group
     if not _looks_like_routing(topk_idx, views.device):
         Checks(call, group.device).tensor("topk_idx", topk_idx, "T K", INDICES)
-    views.of(num_experts, 1, 1, 1)
-    if not views.on_gpu:
-        Checks(call, group.device).experts("topk_idx", topk_idx, num_experts)
-    counted = group._token_layout(topk_idx, num_experts)
+    try:
+        views.of(num_experts, 1, 1, 1)
+        if not views.on_gpu:
+            Checks(call, group.device).experts("topk_idx", topk_idx, num_experts)
+        counted = group._token_layout(topk_idx, num_experts)
+    except TokenferryError as error:
+        V1.put(error, call, views)
+        raise
     per_node = counted.per_node
     if per_node is None and not views.on_gpu:  # it is compared with what was given, also for a single node
         per_node = _tokens_of_nodes(views, counted.in_rank)
@@ -166,7 +173,7 @@ def dispatch(
     call, num_worst_tokens = "Buffer.dispatch", options.num_worst_tokens
     check_integer(call, "expert_alignment", options.expert_alignment, 1)
     check_integer(call, "num_worst_tokens", num_worst_tokens, 0)
-    rows = to_native(call, x)
+    rows, scale_dims = to_native(call, x)
     num_experts, (num_tokens, hidden) = options.num_experts, (rows.data if isinstance(rows, Quantized) else rows).shape
     if not num_experts or not views.on_gpu or given.in_rank.shape[0] != num_tokens:
         num_experts = _check_layout(views, given, num_tokens, call)
@@ -181,33 +188,39 @@ def dispatch(
             per_rank = given.in_rank.sum(0, dtype=torch.int32)
             per_node = _tokens_of_nodes(views, given.in_rank)
             _check_same(call, given, TokenLayout(per_rank, per_node, None, given.in_rank))
-        return _dispatch_without_experts(views, rows, x, given, options)
+        return _dispatch_without_experts(views, rows, scale_dims, given, options)
     routing = _agreed(views, routing, given, num_experts, call, same=bool(options.num_experts))
     native = _into_rows(num_worst_tokens) if num_worst_tokens else None
     most = _most_tokens(views, num_tokens, num_worst_tokens, call) if num_worst_tokens else ANY_NUM_TOKENS
     top_k = routing.topk_idx.shape[1]
-    view = views.of(num_experts, top_k, hidden, most)
     try:
+        view = views.of(num_experts, top_k, hidden, most)
         sent = view.dispatch(rows, routing, options=native, num_sms=options.num_sms)
-    except (CapacityError, MismatchError) as error:
-        if views.on_gpu:  # where it may be that of an earlier call, and M is another number
-            raise
-        raise _in_words_of(call, num_worst_tokens, error) from None
+    except TokenferryError as error:
+        if isinstance(error, CapacityError) and not views.on_gpu:  # where it may be that of an earlier call
+            raise _too_few(call, num_worst_tokens, error) from None
+        V1.put(error, call, views, num_experts=num_experts)
+        raise
     recv_idx, recv_weights = sent.topk_idx, sent.topk_weights
     if num_worst_tokens:
         _clear_tail(recv_idx, recv_weights, sent.plan.src_counts)
     counts = aligned(sent.host_counts or (), options.expert_alignment)
     handle = _handle(views, sent.plan, given.in_rank, num_experts, top_k)
-    return from_native(sent.x, x), recv_idx, recv_weights, counts, handle
+    return from_native(sent.x, scale_dims), recv_idx, recv_weights, counts, handle
 
 
 def dispatch_again(views: Views, x: Rows, handle: object, num_sms: int | None) -> Rows:
     """Send new rows to where the rows of ``handle`` went, as `ExpertGroup.redispatch`. Collective."""
     call = "Buffer.dispatch"
     known = checked(handle, call)
-    rows = to_native(call, x)
-    view = views.of(known.num_experts, known.top_k, width(rows), ANY_NUM_TOKENS)
-    return from_native(view.redispatch(rows, known.plan, num_sms=num_sms).x, x)
+    rows, scale_dims = to_native(call, x)
+    try:
+        view = views.of(known.num_experts, known.top_k, width(rows), ANY_NUM_TOKENS)
+        sent = view.redispatch(rows, known.plan, num_sms=num_sms)
+    except TokenferryError as error:
+        V1.put(error, call, views)
+        raise
+    return from_native(sent.x, scale_dims)
 
 
 def combine(
@@ -237,8 +250,15 @@ def combine(
         raise ArgumentError(
             f"{call}: bias: expected None, a tensor [T, H] or a tuple of two tensors, got {given}; pass one of these"
         )
-    view = views.of(known.num_experts, known.top_k, x.shape[1], ANY_NUM_TOKENS)
-    done = view.combine(x, plan, topk_weights=topk_weights, bias=biases or None, num_sms=num_sms)
+    try:
+        view = views.of(known.num_experts, known.top_k, x.shape[1], ANY_NUM_TOKENS)
+        done = view.combine(x, plan, topk_weights=topk_weights, bias=biases or None, num_sms=num_sms)
+    except TokenferryError as error:
+        renamed = {} if isinstance(bias, tuple) else {"bias[0]": "bias"}
+        if not known.routed:
+            renamed["the handle"] = "the handle, whose dispatch had no topk_idx, so that there is a slot for each rank"
+        V1.put(error, call, views, renamed=renamed)
+        raise
     return done.x, done.topk_weights
 
 
@@ -257,30 +277,36 @@ def checked(handle: object, call: str) -> Handle:
 
 
 def _dispatch_without_experts(
-    views: Views, rows: Tensor | Quantized, x: Rows, given: TokenLayout, options: Options
+    views: Views, rows: Tensor | Quantized, scale_dims: int, given: TokenLayout, options: Options
 ) -> tuple[Rows, None, None, list[int], Handle]:
     """Send rows without expert ids: one expert stands for all those of a rank; their counts are sent separately."""
     group = views.group
     R = group.num_ranks
     ranks = torch.arange(R, device=group.device, dtype=torch.int64)
     routing = Routing(torch.where(given.in_rank, ranks, -1))
-    view = views.of(R, R, width(rows), ANY_NUM_TOKENS)
-    sent = view.dispatch(rows, routing, num_sms=options.num_sms)
     assert given.per_expert is not None
     local = given.per_expert.to(torch.int32).reshape(R, -1)
     padded = torch.nn.functional.pad(local, (0, -local.shape[1] % 4))
     counts = Quantized(padded.contiguous(), padded.new_empty((R, 0)))
-    swapped = views.of(R, 1, padded.shape[1], R).dispatch(counts, Routing(ranks.unsqueeze(1)))
+    step = WITHOUT_EXPERTS
+    try:
+        sent = views.of(R, R, width(rows), ANY_NUM_TOKENS).dispatch(rows, routing, num_sms=options.num_sms)
+        step = TOTALS
+        swapped = views.of(R, 1, padded.shape[1], R).dispatch(counts, Routing(ranks.unsqueeze(1)))
+    except TokenferryError as error:
+        V1.put(error, "Buffer.dispatch", views, step)
+        raise
     assert isinstance(swapped.x, Quantized)
     totals = swapped.x.data.sum(0)[: local.shape[1]].tolist()
     counts_list = aligned(totals, options.expert_alignment)
-    return from_native(sent.x, x), None, None, counts_list, _handle(views, sent.plan, given.in_rank, R, R)
+    handle = _handle(views, sent.plan, given.in_rank, R, R, routed=False)
+    return from_native(sent.x, scale_dims), None, None, counts_list, handle
 
 
-def _handle(views: Views, plan: Plan, in_rank: Tensor, num_experts: int, top_k: int) -> Handle:
+def _handle(views: Views, plan: Plan, in_rank: Tensor, num_experts: int, top_k: int, *, routed: bool = True) -> Handle:
     """Return a handle in DeepEP's form for one node or for several."""
     kind = Handle if len(views.nodes) == 1 else InternodeHandle
-    return kind(plan, in_rank, views.rank, num_experts, top_k)
+    return kind(plan, in_rank, views.rank, num_experts, top_k, routed)
 
 
 @functools.lru_cache(maxsize=256)
@@ -360,11 +386,8 @@ def _most_tokens(views: Views, num_tokens: int, num_worst_tokens: int, call: str
     return max(1, num_worst_tokens // R)
 
 
-def _in_words_of(call: str, num_worst_tokens: int, error: CapacityError | MismatchError) -> Exception:
+def _too_few(call: str, num_worst_tokens: int, error: CapacityError) -> CapacityError:
     """Return the error of a call on CPUs, whose capacity and M are ``num_worst_tokens``: it names that."""
-    if isinstance(error, MismatchError):
-        text = str(error).replace("max_tokens", "num_worst_tokens")
-        return MismatchError(text.replace(f"{ANY_NUM_TOKENS} on rank", "0 on rank"))
     _, capacity, found = str(error).partition("options.capacity: ")
     if not capacity:
         return error
@@ -391,7 +414,11 @@ def _check_layout(views: Views, given: TokenLayout, num_tokens: int, call: str) 
         per_expert = check.tensor("num_tokens_per_expert", per_expert, "E", INDICES)
         if given.per_node is not None:
             check.tensor("num_tokens_per_rdma_rank", given.per_node, "nodes", INDICES)
-    views.of(per_expert.numel(), 1, 1, 1)
+    try:
+        views.of(per_expert.numel(), 1, 1, 1)
+    except ConfigError as error:
+        V1.put(error, call, views, renamed={"num_experts": "num_tokens_per_expert: E"})
+        raise
     return per_expert.numel()
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tokenferry.ambient import methods_not_compiled
+from tokenferry.checks import check_flags
 from tokenferry.compat.deep_ep.current_stream import current_stream
 from tokenferry.errors import ArgumentError
 
@@ -94,8 +95,11 @@ class EventOverlap:
             The result of the hook; None if there is none (any more).
 
         Raises:
-            ArgumentError: there is no event, because the call that made this was synchronous.
+            ArgumentError: there is no event, because the call that made this was synchronous; or ``release_handle`` is
+                not a bool.
         """
+        if type(release_handle) is not bool:
+            check_flags("EventOverlap.current_stream_wait", release_handle=release_handle)
         if self.event is None:
             raise ArgumentError(
                 "EventOverlap.current_stream_wait: event: expected an EventHandle, found None: the call was made with "
@@ -127,6 +131,7 @@ class EventOverlap:
 
     def __call__(self, release_handle: bool = False) -> EventOverlap:
         """Return this object, for ``with event(release_handle=True):``."""
+        check_flags("EventOverlap", release_handle=release_handle)
         self._release_at_exit = release_handle
         return self
 

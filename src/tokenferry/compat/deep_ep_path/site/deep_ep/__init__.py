@@ -1,5 +1,9 @@
 """The package `deep_ep`, implemented by tokenferry."""
 
+from deep_ep import buffer as buffer
+from deep_ep import buffers as buffers
+from deep_ep import hybrid_ep_buffer as hybrid_ep_buffer
+from deep_ep import utils as utils
 from tokenferry.compat.deep_ep import (
     Buffer,
     Config,
