@@ -1,7 +1,7 @@
 """Draw the chart of the README, chart.svg, from the measurements beside this file: `make chart`.
 
-The times of tokenferry and NCCL are medians in files that `tokenferry bench --json` wrote; those of DeepEP V1, which
-ran on the same kind of machine, stand in tables of README.md.
+The times of tokenferry and NCCL are medians in files that `tokenferry bench --json` wrote; those of DeepEP V1 and V2.5,
+which ran on the same kind of machine, stand in tables of README.md.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ DECODE = "2026-11-29_4xh200_67d3d47-decode.json"
 TRAINING = "2026-11-29_2xh200_345edae-megatron.json"
 LANGUAGE = "2026-11-30_2xh200_61542ee-language.json"
 
-OURS, V1, NCCL = "tokenferry", "DeepEP V1", "NCCL all-to-all"
-COLOURS = {OURS: "#0b7285", V1: "#e8890c", NCCL: "#868e96"}
+OURS, V1, V2_5, NCCL = "tokenferry", "DeepEP V1", "DeepEP V2.5", "NCCL all-to-all"
+COLOURS = {OURS: "#0b7285", V1: "#e8890c", V2_5: "#b5651d", NCCL: "#868e96"}
 TOKENS = 4096
 DECODE_TOKENS = (1, 32, 128)
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call of which all three libraries were measured: its label here, and its name in files and in a table."""
+    """A call of which all libraries were measured: its label here, and its name in files and in a table."""
 
     label: str
     call: str
@@ -64,11 +64,12 @@ def panels() -> list[Panel]:
 
 
 def _calls() -> dict[str, dict[str, float]]:
-    ours, nccl, v1 = _medians(CALLS, OURS), _medians(NCCL_CALLS, "nccl"), _table("call | target | tokenferry")
+    ours, nccl, deepep = _medians(CALLS, OURS), _medians(NCCL_CALLS, "nccl"), _table("call | target | tokenferry")
     return {
         one.label: {
             OURS: ours[one.call, one.rows],
-            V1: float(v1[one.in_table]["DeepEP V1, 24 SMs"].split(" / ")[0]),
+            V1: float(deepep[one.in_table]["DeepEP V1, 24 SMs"].split(" / ")[0]),
+            V2_5: float(deepep[one.in_table]["DeepEP V2.5, 20 SMs"].split(" / ")[0]),
             NCCL: nccl[one.call.removesuffix(", rows in user memory"), one.rows],
         }
         for one in COMPARED
@@ -154,7 +155,7 @@ def _draw_panel(axes: Any, panel: Panel) -> None:  # noqa: ANN401 - matplotlib
             bars = axes.bar(
                 *zip(*points, strict=True), width * 0.94, label=library, color=COLOURS[library], clip_on=False
             )
-            axes.bar_label(bars, [shown(us) for _, us in points], padding=1, fontsize=8)
+            axes.bar_label(bars, [shown(us) for _, us in points], padding=1, fontsize=7)
     axes.set_title(panel.title, fontsize=9.5)
     axes.set_xticks(range(len(panel.groups)), panel.groups)
     axes.set_ylabel(f"{panel.unit}, median; less is better")

@@ -1,6 +1,9 @@
 """A decode loop: fixed shapes, FP8 rows, receive hooks, counters, rows encoded on their way back.
 
-`python examples/decode_loop.py`: one rank, CPU; examples/serve.py decodes on several, and in a CUDA graph.
+    python examples/decode_loop.py                                           # one rank, CPU
+    torchrun --standalone --nproc-per-node 2 examples/decode_loop.py         # two
+
+examples/serve.py decodes in a CUDA graph, too.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import tokenferry
@@ -38,10 +42,20 @@ def step(group: tokenferry.ExpertGroup, x: Tensor, routing: tokenferry.Routing, 
     return shared + done.x
 
 
+def of_all_ranks(counts: Tensor) -> int:
+    """Return the sum of counters over the ranks."""
+    total = counts.sum()
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return int(total)
+
+
 def main() -> None:
     """Compare a few steps with the sums that follow from the routing."""
+    if dist.is_torchelastic_launched():
+        dist.init_process_group("gloo")
     shape = tokenferry.MoeShape(EXPERTS, TOP_K, HIDDEN, max_tokens=TOKENS)
-    with tokenferry.ExpertGroup(None, shape, backend="cpu", on_timeout="mask") as group:
+    with tokenferry.ExpertGroup(dist.group.WORLD, shape, backend="cpu", on_timeout="mask") as group:
         received = torch.zeros(group.num_local_experts, dtype=torch.int32)
         for number in range(STEPS):
             x = torch.randn(TOKENS, HIDDEN)
@@ -55,12 +69,14 @@ def main() -> None:
             unweighted = tokenferry.Routing(topk_idx)
             cast = group.decode_dispatch(x, unweighted, quantize=tokenferry.Scale.FLOAT32, stats=stats)
             cast.hook()  # without return_hook it does nothing
-            assert int(received.sum()) == (number + 1) * TOKENS * TOP_K
-            y = experts(fp8.dequantize(cast.x), 0).to(x.dtype)
+            assert of_all_ranks(received) == (number + 1) * group.num_ranks * TOKENS * TOP_K
+            y = experts(fp8.dequantize(cast.x), group.rank * group.num_local_experts).to(x.dtype)
             plan = dataclasses.replace(cast.plan, topk_weights=weights)
             home = group.decode_combine(y, plan).x
             torch.testing.assert_close(home, want - 2 * x, rtol=0.1, atol=0.5)
-    print(f"{STEPS} steps, {int(received.sum())} rows received")
+        print(f"rank {group.rank} of {group.num_ranks}: {STEPS} steps, {int(received.sum())} rows received")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

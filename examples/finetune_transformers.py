@@ -5,7 +5,8 @@ r"""Fine-tuning: a Mixture-of-Experts model of Hugging Face's transformers, whos
         --model Qwen/Qwen3-30B-A3B --text notes --output tuned
 
 Without `--model` it is a small Qwen3-MoE with random weights, whose tokens are bytes. A step takes the same sequences
-on any number of ranks. Needs transformers 5.17 or newer.
+on any number of ranks. Needs transformers 5.17 or newer, and on several ranks accelerate, by which transformers spreads
+a model: `pip install '.[transformers]'` installs both.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 
 With --parts it also times a step, its calls alone, and what it computes alone; --json FILE keeps all numbers.
 
-Requests come and go: a batch has seats, and a request leaves its seat after its last token. A decode step runs all
+Requests come and go: a batch has slots, and a request leaves its own after its last token. A decode step runs all
 layers for two halves of the batch, one of which computes while the rows of the other are on their way. On GPUs a step
 is one CUDA graph. There is no attention: each layer mixes in an average of earlier tokens instead.
 """
@@ -41,7 +41,7 @@ class Size:
     """The sizes of the model and of its load; the load is that of one rank.
 
     Attributes:
-        seats: Requests that are decoded at the same time.
+        batch_slots: Requests that are decoded at the same time.
         period: Decode steps between two looks at what is finished, and at what waits.
         prompt_rows: The most rows of prompts in a call.
         requests: How many there are in all.
@@ -55,7 +55,7 @@ class Size:
     num_experts: int = 8
     top_k: int = 2
     dtype: torch.dtype = torch.float32
-    seats: int = 6
+    batch_slots: int = 6
     period: int = 4
     prompt_rows: int = 64
     requests: int = 10
@@ -68,7 +68,7 @@ RUNS = 11
 """Runs of `Size.period` steps of which the median is taken."""
 SMALL = Size()
 LARGE = Size(
-    8, 32000, 2048, 1024, 64, 8, torch.bfloat16, seats=128, period=32, prompt_rows=8192, requests=512, longest=512
+    8, 32000, 2048, 1024, 64, 8, torch.bfloat16, batch_slots=128, period=32, prompt_rows=8192, requests=512, longest=512
 )
 
 
@@ -132,26 +132,26 @@ def averages(rows: Tensor) -> Tensor:
 
 
 class Server:
-    """The model, with a batch of seats; every method is collective.
+    """The model, with a batch of slots; every method is collective.
 
     Attributes:
-        tokens: ``[seats]``: the last token of each seat.
-        left: ``[seats]``: tokens that are still to come; 0: the seat is empty.
-        memory: ``[layers, seats, H]``: the average of earlier tokens in each layer.
+        tokens: ``[batch_slots]``: the last token of each slot.
+        left: ``[batch_slots]``: tokens that are still to come; 0: the slot is empty.
+        memory: ``[layers, batch_slots, H]``: the average of earlier tokens in each layer.
         loads: The rows that each expert received in decode steps.
     """
 
     def __init__(self, group: tokenferry.ExpertGroup, size: Size) -> None:
         self.size = size
         # The same group, memory and connections, for the few tokens of half a batch.
-        self.decoding = group.for_shape(replace(group.shape, max_tokens=size.seats // 2))
+        self.decoding = group.for_shape(replace(group.shape, max_tokens=size.batch_slots // 2))
         self.loads = ExpertLoads(group, size.num_layers)
         self.blocks = [Block(group, size, seed) for seed in range(size.num_layers)]
         device = group.device
         embedding = torch.randn(size.vocabulary, size.hidden, generator=torch.Generator().manual_seed(99))
         self.embedding = embedding.to(device, size.dtype)
-        self.tokens, self.left = (torch.zeros(size.seats, dtype=torch.int64, device=device) for _ in range(2))
-        self.memory = torch.zeros(size.num_layers, size.seats, size.hidden, dtype=size.dtype, device=device)
+        self.tokens, self.left = (torch.zeros(size.batch_slots, dtype=torch.int64, device=device) for _ in range(2))
+        self.memory = torch.zeros(size.num_layers, size.batch_slots, size.hidden, dtype=size.dtype, device=device)
 
     def prefill(self, texts: list[list[int]]) -> tuple[list[Tensor], Tensor]:
         """Return scores of what comes next, by text ``[tokens, vocabulary]``, and memories ``[layers, texts, H]``."""
@@ -168,7 +168,7 @@ class Server:
         return list(torch.split(norm(x) @ self.embedding.T, lengths)), memory
 
     def step(self) -> None:
-        """Decode a token for each taken seat. Shapes never change, so that a CUDA graph can hold it."""
+        """Decode a token for each taken batch slot. Shapes never change, so that a CUDA graph can hold it."""
         empty = (self.left == 0)[:, None]
         x, masks = list(self.embedding[self.tokens].chunk(2)), empty.chunk(2)
         on_way: list[DecodeCombined] = []
@@ -182,7 +182,7 @@ class Server:
                 x[i] = x[i] + memory
                 rows = norm(x[i])
                 routing = block.router(rows)
-                routing = Routing(routing.topk_idx.masked_fill(mask, -1), routing.topk_weights)  # nobody sits there
+                routing = Routing(routing.topk_idx.masked_fill(mask, -1), routing.topk_weights)  # empty slots
                 stats = self.loads.stats(number)
                 sent.append(self.decoding.decode_dispatch(rows, routing, stats=stats, return_hook=True))
             on_way = []
@@ -241,7 +241,7 @@ class NoCalls:
     def __init__(self, group: tokenferry.ExpertGroup, size: Size) -> None:
         rows = size.num_experts // group.num_ranks, group.num_ranks * group.shape.max_tokens, size.hidden
         self.by_expert = torch.zeros(rows, dtype=size.dtype, device=group.device)
-        self.by_token = torch.zeros(size.seats // 2, size.hidden, dtype=size.dtype, device=group.device)
+        self.by_token = torch.zeros(size.batch_slots // 2, size.hidden, dtype=size.dtype, device=group.device)
 
     def decode_dispatch(self, *_: object, **__: object) -> SimpleNamespace:
         """Return rows for the experts of this rank."""
@@ -261,40 +261,40 @@ def requests(rank: int, size: Size) -> Iterator[Request]:
         yield Request(prompt, wanted)
 
 
-def admit(server: Server, waiting: list[Request], seated: dict[int, Request]) -> int:
-    """Give free seats to waiting requests, and return the rows of their prompts."""
-    free = [seat for seat in range(server.size.seats) if seat not in seated]
+def admit(server: Server, waiting: list[Request], running: dict[int, Request]) -> int:
+    """Give free batch slots to waiting requests, and return the rows of their prompts."""
+    free = [slot for slot in range(server.size.batch_slots) if slot not in running]
     new: dict[int, Request] = {}
     rows = 0
     while waiting and free and rows + len(waiting[0].prompt) <= server.size.prompt_rows:
         rows += len(waiting[0].prompt)
         new[free.pop(0)] = waiting.pop(0)
     scores, memory = server.prefill([request.prompt for request in new.values()])  # also without any
-    for i, (seat, request) in enumerate(new.items()):
+    for i, (slot, request) in enumerate(new.items()):
         request.answer.append(int(scores[i][-1].argmax()))
-        server.tokens[seat] = request.answer[-1]
-        server.left[seat] = request.wanted - 1
-        server.memory[:, seat] = memory[:, i]
-    seated.update(new)
+        server.tokens[slot] = request.answer[-1]
+        server.left[slot] = request.wanted - 1
+        server.memory[:, slot] = memory[:, i]
+    running.update(new)
     return rows
 
 
-def decode(server: Server, step: Callable[[], None], seated: dict[int, Request]) -> list[int]:
-    """Decode a period, hand out its tokens and free seats; return how many tokens each step had."""
-    log = torch.empty(server.size.period, server.size.seats, dtype=torch.int64, device=server.tokens.device)
+def decode(server: Server, step: Callable[[], None], running: dict[int, Request]) -> list[int]:
+    """Decode a period, hand out its tokens and free batch slots; return how many tokens each step had."""
+    log = torch.empty(server.size.period, server.size.batch_slots, dtype=torch.int64, device=server.tokens.device)
     for row in log:
         step()
         row.copy_(server.tokens)
     found = cast(list[list[int]], log.tolist())  # the one wait of the host for the device
     server.decoding.synchronize()  # raises the errors of replays
     active = [0] * server.size.period
-    for seat, request in list(seated.items()):
+    for slot, request in list(running.items()):
         num_tokens = min(request.wanted - len(request.answer), server.size.period)
         for i in range(num_tokens):
-            request.answer.append(found[i][seat])
+            request.answer.append(found[i][slot])
             active[i] += 1
         if len(request.answer) == request.wanted:
-            del seated[seat]
+            del running[slot]
     return active
 
 
@@ -324,7 +324,7 @@ def of_each_rank(mine: Served) -> list[Served]:
 
 
 def parts(server: Server, rank: int) -> dict[str, float]:
-    """Time steps back to back, then their calls alone and what they compute alone; all seats are taken.
+    """Time steps back to back, then their calls alone and what they compute alone; all batch slots are taken.
 
     Return the seconds of each, the median of `RUNS` runs of a period, of the slowest rank.
     """
@@ -347,7 +347,7 @@ def parts(server: Server, rank: int) -> dict[str, float]:
     if rank == 0:
         whole, *alone = times.values()
         print(", ".join(f"{name} {1e3 * seconds:.3f} ms" for name, seconds in times.items()), end="; ")
-        print(f"{whole / sum(alone):.2f} of the sum; {server.size.seats / whole:.0f} tokens a second and rank")
+        print(f"{whole / sum(alone):.2f} of the sum; {server.size.batch_slots / whole:.0f} tokens a second and rank")
     return times
 
 
@@ -355,12 +355,12 @@ def serve(server: Server, group: tokenferry.ExpertGroup, size: Size) -> Served:
     """Serve all requests, print the speed, and check the answers."""
     done = list(requests(group.rank, size))
     step, waiting = server.captured(server.step), list(done)
-    seated: dict[int, Request] = {}
+    running: dict[int, Request] = {}
     prompt_rows, per_step, seconds = 0, list[int](), 0.0
-    while of_all_ranks(len(waiting) + len(seated)):  # calls are collective: all go on as long as one has work
-        prompt_rows += admit(server, waiting, seated)
+    while of_all_ranks(len(waiting) + len(running)):  # calls are collective: all go on as long as one has work
+        prompt_rows += admit(server, waiting, running)
         start = time.perf_counter()
-        per_step += decode(server, step, seated)
+        per_step += decode(server, step, running)
         seconds += time.perf_counter() - start
     served = Served(prompt_rows, sum(per_step), len(per_step), seconds)
     busy = [num_tokens for num_tokens in per_step if num_tokens] or [0]
@@ -398,7 +398,7 @@ def report(group: tokenferry.ExpertGroup, size: Size, served: list[Served], time
     """Return all numbers as JSON; times of parts are empty if they were not asked for."""
     cuda = group.device.type == "cuda"
     found = {
-        "schema": 1,
+        "schema": 2,  # 1: batch_slots were called seats
         **about("examples/serve.py"),
         "device": torch.cuda.get_device_name(group.device) if cuda else "cpu",
         "group": {"ranks": group.num_ranks, "backend": group.backend, "transport": group.transport},

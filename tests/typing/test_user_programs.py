@@ -82,7 +82,7 @@ def test_the_server_checks_its_answers_in_bfloat16(capsys):
     assert "prefill alone would choose" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["serve", "deep_ep_side_by_side"])
+@pytest.mark.parametrize("name", ["first_look", "training_step", "decode_loop", "serve", "deep_ep_side_by_side"])
 def test_programs_run_on_several_ranks(worlds, name):
     path = next(path for path in PROGRAMS if path.stem == name)
     for rank, printed in enumerate(worlds(2).run(run_example, str(path))):

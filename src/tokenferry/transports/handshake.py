@@ -42,8 +42,8 @@ class Exchange(Protocol):
 class Bootstrap:
     """An exchange of handshakes between all ranks of a process group. Collective, with a deadline.
 
-    After a `PeerTimeout`, or an interrupt of one rank, the ranks may have made different numbers of exchanges: do not use
-    the process group for another one.
+    After a `PeerTimeout`, or an interrupt of one rank, the ranks may have made different numbers of exchanges: do not
+    use the process group for another one.
 
     Args:
         group: Any process group.
