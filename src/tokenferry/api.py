@@ -187,7 +187,7 @@ class ExpertGroup(Connected):
 
     @property
     def key(self) -> str:
-        """Identifier of the group in its plans; the same on all ranks."""
+        """Identifier of the group in its plans: a string, the same on all ranks, and of all views by `for_shape`."""
         return self._backend.key
 
     @property
@@ -222,7 +222,11 @@ class ExpertGroup(Connected):
 
     @property
     def masked_ranks(self) -> frozenset[int]:
-        """Ranks that decode calls skip; see `mask`."""
+        """Ranks that decode calls skip, as this rank knows them; see `mask`. A copy.
+
+        Contract: local, never waits. CUDA: it lags behind the calls that are queued: a rank that one of them masks by
+            its timeout appears when the device has come to that; `synchronize` waits for it.
+        """
         return self._backend.masked()
 
     def for_shape(self: _Group, shape: MoeShape) -> _Group:
@@ -285,9 +289,11 @@ class ExpertGroup(Connected):
         """
         self._ready("mask")
         if type(rank) is not int or not 0 <= rank < self.num_ranks or (rank == self.rank and masked):
+            outside = type(rank) is int and not 0 <= rank < self.num_ranks
+            found = f"{rank!r}{f', outside [0, {self.num_ranks})' if outside else ''}"
             others = f"one of 0..{self.num_ranks - 1} other than this rank ({self.rank})"
             wanted = others if self.num_ranks > 1 else "another rank, of which a group of one has none"
-            raise ArgumentError(f"mask: rank: expected {wanted}, got {rank!r}")
+            raise ArgumentError(f"mask: rank: expected {wanted}, got {found}")
         self._backend.mask(rank, masked=masked)
 
     def warmup(self) -> None:
@@ -627,7 +633,8 @@ class ExpertGroup(Connected):
             routing: As for `dispatch`. `decode_combine` needs ``topk_weights``; they may also be put into the plan
                 later, with ``dataclasses.replace(plan, topk_weights=...)``.
             quantize: How to store the scales of rows that are cast to float8_e4m3fn, with one scale per row and 128
-                columns (``scale = max(amax, 1e-4) / 448``, the format that DeepEP and DeepGEMM use). A NaN or an
+                columns (``scale = max(amax, 1e-4) / 448``, the format that DeepEP and DeepGEMM use). H has to be a
+                multiple of 16, so that a row of bytes is one of 16 bytes. A NaN or an
                 infinity arrives as NaN (the byte 0x7F); the other columns arrive as if it were 0. None: rows are sent
                 unchanged (CUDA: 16 bytes with all bits set, which are NaNs, may lose their lowest bit).
             stats: Counters to add to.

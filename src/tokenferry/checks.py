@@ -134,7 +134,7 @@ class Checks:
     ) -> ShapeError:
         if not isinstance(value, Tensor):
             wanted, got = _kind(letters, dtypes), type(value).__name__
-            return ShapeError(f"{self.call}: {name}: expected {wanted}, got {got}; pass a torch.Tensor")
+            return ShapeError(f"{self.call}: {name}: expected {wanted}, got {got}; pass {_instead_of(value)}")
         head = self._head(name, value, letters, dtypes)
         if not _same_device(value.device, self.device):
             return ShapeError(f"{head}; the group is on {self.device}: call .to('{self.device}')")
@@ -156,6 +156,21 @@ class Checks:
     def _head(self, name: str, value: Tensor, letters: list[str], dtypes: Sequence[torch.dtype] | None) -> str:
         got = f"got {value.dtype} {list(value.shape)} on {value.device}"
         return f"{self.call}: {name}: expected {_kind(letters, dtypes)}, {got}"
+
+    def routing(self, routing: Any, kind: type[Any]) -> None:  # noqa: ANN401 - whatever was passed
+        """Check that a routing is of its kind, and that its tensors are not what the other one has to be.
+
+        torch.topk returns values first, and casting these to integers would route every token to expert 0.
+        """
+        if not isinstance(routing, kind):
+            raise wrong_routing(self.call, routing)
+        idx, weights = routing.topk_idx, routing.topk_weights
+        tensors = isinstance(idx, Tensor) and isinstance(weights, Tensor)
+        if tensors and idx.is_floating_point() and not weights.is_floating_point():
+            raise ShapeError(
+                f"{self.call}: topk_idx is floating point and topk_weights is an integer tensor: were they swapped? "
+                "pass Routing(topk_idx, topk_weights); torch.topk returns them the other way round"
+            )
 
     def row_bytes(self, name: str, rows: Tensor) -> None:
         """Check that a row of ``rows`` is a multiple of 16 bytes."""
@@ -218,6 +233,18 @@ class Checks:
                     f"{self.call}: {name}: requires grad, and this call is not differentiable; use "
                     f"tokenferry.autograd, torch.no_grad() or {name}.detach()"
                 )
+
+
+def wrong_routing(call: str, value: object) -> ArgumentError:
+    """Return the error about an argument ``routing`` that is no `Routing`."""
+    remedy = "pass Routing(topk_idx, topk_weights)"
+    return ArgumentError(f"{call}: routing: expected a tokenferry.Routing, got {type(value).__name__}; {remedy}")
+
+
+def wrong_operand(call: str, name: str, value: object) -> ShapeError:
+    """Return the error about an argument that is no tensor, where any would do."""
+    got = type(value).__name__
+    return ShapeError(f"{call}: {name}: expected a torch.Tensor, got {got}; pass {_instead_of(value)}")
 
 
 def check_flags(call: str, **flags: object) -> None:
@@ -362,6 +389,12 @@ def fits(value: object, shape: tuple[int, ...], dtypes: Container[torch.dtype], 
 def _same_device(one: torch.device, other: torch.device) -> bool:
     """Return whether two devices are the same; ``cuda`` without an index matches any index."""
     return one == other or (one.type == other.type and None in (one.index, other.index))
+
+
+def _instead_of(value: object) -> str:
+    """Return what to pass instead of a value that is no tensor: of the results of calls, the rows that they hold."""
+    holds_rows = isinstance(getattr(value, "x", None), Tensor)
+    return "the tensor in it, as sent.x of a result sent" if holds_rows else "a torch.Tensor"
 
 
 def _kind(letters: list[str], dtypes: Sequence[torch.dtype] | None) -> str:

@@ -17,6 +17,8 @@ from typing import Any
 from tokenferry.errors import ConfigError
 
 _log = logging.getLogger("tokenferry")
+_warned: set[str] = set()
+"""The unknown names that a program has been warned of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,9 @@ def _seconds(text: str) -> float:
 def _one_of(*choices: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text not in choices:
-            raise ValueError(f"expected one of {', '.join(choices)}")
+            near = difflib.get_close_matches(text.lower(), choices, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise ValueError(f"expected one of {', '.join(choices)}{hint}")
         return text
 
     return parse
@@ -167,7 +171,7 @@ class Settings:
 
 
 def read(environ: Mapping[str, str] | None = None) -> Settings:
-    """Parse the TOKENFERRY_* variables; local. Side effects: TOKENFERRY_LOG, and one warning for each unknown name.
+    """Parse the TOKENFERRY_* variables; local. Side effects: TOKENFERRY_LOG, and one warning of each unknown name.
 
     Raises:
         ConfigError: a value cannot be parsed; names the variable, the value and the expectation.
@@ -175,15 +179,30 @@ def read(environ: Mapping[str, str] | None = None) -> Settings:
     environ = os.environ if environ is None else environ
     known = {v.name: v for v in VARIABLES}
     _set_log_level(_parsed(known["TOKENFERRY_LOG"], environ.get("TOKENFERRY_LOG", "auto")))
-    for name in environ:
-        if name.startswith("TOKENFERRY_") and name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-            _log.warning("environment: %s is not a variable of tokenferry; did you mean %s?", name, near[0])
+    for name, near in unknown(environ).items():
+        if name not in _warned:
+            _warned.add(name)
+            _log.warning("environment: %s is not a variable of tokenferry; did you mean %s?", name, near)
     values = {
         name: _parsed(variable, environ.get(variable.name, variable.default)) for name, variable in _BY_FIELD.items()
     }
     assert set(values) == {f.name for f in fields(Settings)}
     return Settings(**values)
+
+
+def unknown(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the names that begin like variables of tokenferry and are none, each with the nearest that is one. Local.
+
+    Args:
+        environ: The environment; None: that of this process.
+    """
+    known = [variable.name for variable in VARIABLES]
+    names = [
+        name
+        for name in (os.environ if environ is None else environ)
+        if name.startswith("TOKENFERRY_") and name not in known
+    ]
+    return {name: difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0] for name in names}
 
 
 def _set_log_level(level: str) -> None:

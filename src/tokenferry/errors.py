@@ -128,8 +128,13 @@ class PeerTimeout(TokenferryError, TimeoutError):  # noqa: N818 - names a condit
     timeout.
 
     Attributes:
-        phase: Name of the call that waited, such as ``"dispatch"``.
-        call: Number of that call on its group, counted from 1; 0 while the group was being made.
+        phase: Name of the call that waited: ``"dispatch"``, ``"redispatch"``, ``"combine"``, ``"decode_dispatch"``,
+            ``"decode_combine"``, ``"warmup"``, or ``"capacity_check"``, an exchange of a dispatch with a ``capacity``;
+            ``"making the group"`` in the constructor. With several nodes it may be followed by the part of the call,
+            such as ``"dispatch (between nodes)"``.
+        call: Number of that call on its group, counted from 1; 0 while the group was being made. What a call exchanges
+            before or after its rows is counted, too, so that it is not the number of calls that the program has made;
+            with several nodes it may differ between ranks.
         rank: The rank that waited (this one).
         peers: The ranks that did not answer, in ascending order. With several nodes those at fault, even if this rank
             waited for others, which waited for them.

@@ -12,7 +12,7 @@ from tokenferry.backends.base import Resolved
 from tokenferry.errors import ConfigError
 from tokenferry.forked import forget_in_child, owner
 from tokenferry.topology import consecutive
-from tokenferry.types import BackendName, MoeShape, TimeoutPolicy, TransportName
+from tokenferry.types import SIZES, BackendName, MoeShape, TimeoutPolicy, TransportName
 
 _OF_CPUS = ("shared_memory", "process_group")
 _NO_MEMBER = dist.GroupMember.NON_GROUP_MEMBER
@@ -89,7 +89,8 @@ def check_group(group: dist.ProcessGroup | None) -> int:
                 "NON_GROUP_MEMBER, as new_group returns it to other ranks); make an ExpertGroup on the members only"
             )
         got = type(group).__name__
-        raise ConfigError(f"ExpertGroup: group: expected a torch.distributed.ProcessGroup or None, got {got}")
+        remedy = "; pass the group first: ExpertGroup(group, shape)" if isinstance(group, MoeShape) else ""
+        raise ConfigError(f"ExpertGroup: group: expected a torch.distributed.ProcessGroup or None, got {got}{remedy}")
     made_by = owner(group)
     if made_by is None:
         forget_in_child(group)
@@ -118,7 +119,9 @@ def _warn_of_others() -> None:
 def check_divides(call: str, shape: MoeShape, num_ranks: int) -> None:
     """Raise ConfigError unless ``shape`` is a MoeShape and R divides E."""
     if not isinstance(shape, MoeShape):
-        raise ConfigError(f"{call}: shape: expected a MoeShape, got {type(shape).__name__}")
+        is_group = isinstance(shape, dist.ProcessGroup)
+        remedy = "the group first: ExpertGroup(group, shape)" if is_group else f"MoeShape({', '.join(SIZES)})"
+        raise ConfigError(f"{call}: shape: expected a MoeShape, got {type(shape).__name__}; pass {remedy}")
     if shape.num_experts % num_ranks:
         raise ConfigError(
             f"{call}: num_experts={shape.num_experts} is not a multiple of the group's {num_ranks} ranks; "

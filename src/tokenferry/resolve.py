@@ -76,8 +76,9 @@ class Resolver:
             _check_num_sms("dispatch", num_sms)
             return DispatchRequest(self.shape, x, routing, options or _DEFAULT_OPTIONS, num_sms)
         if options is not None and not isinstance(options, DispatchOptions):
+            got, inner = type(options).__name__, options if isinstance(options, Layout) else "..."
             raise ArgumentError(
-                f"dispatch: options: expected a tokenferry.DispatchOptions, got {type(options).__name__}"
+                f"dispatch: options: expected a tokenferry.DispatchOptions, got {got}; pass DispatchOptions({inner})"
             )
         check = self._checks("dispatch")
         num_tokens = _check_rows(check, x)
@@ -332,8 +333,7 @@ class Resolver:
         )
 
     def _check_routing(self, check: Checks, routing: Routing) -> None:
-        if not isinstance(routing, Routing):
-            raise ArgumentError(f"{check.call}: routing: expected a tokenferry.Routing, got {type(routing).__name__}")
+        check.routing(routing, Routing)
         check.tensor("topk_idx", routing.topk_idx, "T K", INDICES)
         if routing.topk_weights is not None:
             check.tensor("topk_weights", routing.topk_weights, "T K", (torch.float32,))

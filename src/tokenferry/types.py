@@ -55,30 +55,40 @@ MAX_SIZE = 2**31 - 1
 """The largest number that a size, an alignment or a capacity may be: kernels and messages count in 32 bits."""
 
 
+SIZES = ("num_experts", "top_k", "hidden", "max_tokens")
+"""The sizes that a `MoeShape` needs, in order."""
+
+
 class Layout(enum.Enum):
-    """The arrangement in which `dispatch` delivers the rows that a rank receives."""
+    """The arrangement in which `dispatch` delivers the rows that a rank receives.
+
+    Attributes:
+        ROWS: ``[N, H]``: one row per (token, rank), by source rank, then source token.
+        EXPERTS: ``[rows, H]``: one row per (token, local expert), grouped by expert; each group starts at a multiple of
+            A.
+        MASKED: ``[L, capacity, H]``: the rows of expert e are ``[e, :expert_counts[e]]``.
+    """
 
     ROWS = "rows"
-    """``[N, H]``: one row per (token, rank), by source rank, then source token."""
-
     EXPERTS = "experts"
-    """``[rows, H]``: one row per (token, local expert), grouped by expert; each group starts at a multiple of A."""
-
     MASKED = "masked"
-    """``[L, capacity, H]``: the rows of expert e are ``[e, :expert_counts[e]]``."""
 
 
 class Scale(enum.Enum):
-    """The format of the scales of an FP8 cast: one per row and 128 columns; amax: their largest finite magnitude."""
+    """The format of the scales of an FP8 cast: one per row and 128 columns; amax: their largest finite magnitude.
+
+    If H is no multiple of 128, the last group of a row has fewer columns.
+
+    Attributes:
+        FLOAT32: ``amax / 448``; amax is at least 1e-4. ``Quantized.scale`` is ``[..., ceil(H / 128)]`` float32.
+        POWER_OF_TWO: The same, rounded up to a power of two; likewise float32.
+        UE8M0: The same power of two as its exponent byte, four to an int32, lowest byte first: ``[..., ceil(H / 512)]``
+            int32; bytes beyond the last group are 0.
+    """
 
     FLOAT32 = "float32"
-    """``amax / 448`` as float32; amax is at least 1e-4."""
-
     POWER_OF_TWO = "power_of_two"
-    """The same, rounded up to a power of two, as float32."""
-
     UE8M0 = "ue8m0"
-    """The same power of two as its exponent byte, four to an int32, lowest byte first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +97,8 @@ class MoeShape:
 
     Args:
         num_experts: E, a multiple of R.
-        top_k: K, choices per token.
+        top_k: K, choices per token. It may exceed E, since slots may be unused (-1), and experts may repeat in a row;
+            routers, and the commands of the library, choose at most E.
         hidden: H, elements in a row. A row of data must be a multiple of 16 bytes.
         max_tokens: M, the most tokens any rank may pass to one call.
         max_nodes: The most nodes that the experts of a token may lie on, its own node counted like any other; None: any
@@ -110,7 +121,7 @@ class MoeShape:
     node_slots: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("num_experts", "top_k", "hidden", "max_tokens"):
+        for name in SIZES:
             _check_positive(f"MoeShape: {name}", getattr(self, name))
         for name in ("max_nodes", "node_slots"):
             value = getattr(self, name)
@@ -290,7 +301,8 @@ class Dispatched(Generic[Rows_co]):
     while it is in use: later calls along it would go wrong silently. ``x`` and ``topk_weights`` may be overwritten.
 
     Attributes:
-        x: The rows in the requested layout, a Tensor or a `Quantized` like the input.
+        x: The rows, a Tensor or a `Quantized` like the input, of its dtypes: ROWS: ``[N, H]``; EXPERTS: ``[rows, H]``;
+            MASKED: ``[L, capacity, H]``. Of a `Quantized` both parts have this shape, with W and S for H.
         topk_idx: ROWS: ``[N, K]`` local expert ids, -1 where the expert is not on this rank; otherwise None.
         topk_weights: ROWS: ``[N, K]`` float32, 0 where the expert is not on this rank. EXPERTS: ``[rows]``, MASKED:
             ``[L, capacity]``: one weight per row, undefined in padding unless zeroed. None if none were sent.
@@ -388,8 +400,9 @@ class DecodeDispatched(Generic[Rows_co]):
 
     Attributes:
         x: ``[L, R*M, H]``: the rows of expert e are ``[e, :expert_counts[e]]``, by source rank, then source token;
-            a Tensor, or a `Quantized` whose scale is ``[L, R*M, S]`` with unit stride along the rows (column-major,
-            as grouped FP8 GEMMs read it).
+            a Tensor of the dtype of the rows sent, or with ``quantize`` a `Quantized`: ``data`` float8_e4m3fn, and
+            ``scale`` ``[L, R*M, S]`` with unit stride along the rows (column-major, as grouped FP8 GEMMs read it), of
+            the dtype and the S that `Scale` gives.
         expert_counts: ``[L]`` int32: rows of each local expert.
         plan: The plan to pass to `decode_combine`.
         hook: With ``return_hook=True``, a function that receives the rows; otherwise it does nothing. It may be called
@@ -409,7 +422,7 @@ class DecodeCombined:
     """The result of `decode_combine`. With ``return_hook=True`` ``x`` is undefined until ``hook()`` has returned.
 
     Attributes:
-        x: ``[T, H]``: the weighted sums; zeros for a token without experts.
+        x: ``[T, H]``, the dtype of the rows of ``y``: the weighted sums; zeros for a token without experts.
         hook: With ``return_hook=True``, a function that receives the sums; otherwise as for `DecodeDispatched`.
     """
 

@@ -19,7 +19,7 @@ from tokenferry.bench.core.session import Label, Result, Settings
 from tokenferry.bench.core.summary import Summary
 from tokenferry.bench.report import tables
 from tokenferry.bench.report.report import GPU_NOTES, Report
-from tokenferry.bench.suites import first_call, gemms, overlap
+from tokenferry.bench.suites import first_call, gemms, megatron, overlap
 from tokenferry.bench.suites.calls import measure_calls
 from tokenferry.bench.suites.limits import Limits, Rate
 from tokenferry.cli import bench_phases
@@ -262,8 +262,12 @@ def test_unknown_words(argv, capsys):
 
 def test_without_gpus(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main(["bench", "gpu"]) == 3
-    assert "this needs GPUs" in capsys.readouterr().err
+    for part, instead in (("gpu", "the parts cpu, eager"), ("megatron", "the parts cpu"), ("eager", "--device cpu")):
+        monkeypatch.setattr(megatron, "version", lambda: pytest.fail("there is no use in installing it"))
+        assert main(["bench", part]) == 3
+        error = capsys.readouterr().err
+        assert error.startswith(f"tokenferry bench: part {part}: this needs GPUs")
+        assert f"; without GPUs: {instead}" in error
 
 
 def test_quick_and_full_settings():

@@ -9,6 +9,7 @@ from support.bench_megatron_jobs import changing_combine, measure_megatron, wron
 from support.bench_runs import bench_gpu_phases
 from tokenferry.bench.report import training
 from tokenferry.bench.suites import megatron
+from tokenferry.cli import bench_phases
 from tokenferry.cli.bench_settings import make_settings
 from tokenferry.cli.main import main, make_parser
 
@@ -61,6 +62,7 @@ def test_steps_that_change_are_told(tmp_path):
 
 def test_without_megatron(monkeypatch, capsys):
     monkeypatch.setattr(megatron, "version", lambda: None)
+    monkeypatch.setattr(bench_phases, "need_gpus", lambda: 1)
     assert main(["bench", "megatron"]) == 3
     assert "Megatron-Core is not installed" in capsys.readouterr().out
 

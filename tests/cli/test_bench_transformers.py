@@ -69,7 +69,7 @@ def test_an_older_version_is_compared_with_what_it_has():
 
 def test_without_transformers(monkeypatch, capsys):
     monkeypatch.setattr(transformers, "version", lambda: None)
-    assert main(["bench", "transformers"]) == 3
+    assert main(["bench", "transformers", "--device", "cpu"]) == 3
     assert "transformers is not installed" in capsys.readouterr().out
 
 

@@ -263,7 +263,8 @@ def test_no_slow_rank_is_printed(capsys):
     [
         (["--slow-rank", "1"], "one makes no sense without the other"),
         (["--slow-us", "100"], "one makes no sense without the other"),
-        (["--slow-rank", "4", "--slow-us", "100"], "expected one of 0..3"),
+        (["--slow-rank", "4", "--slow-us", "100"], "expected one of 0..3, of --ranks 4"),
+        (["--slow-rank", "7"], "--slow-rank 7: expected one of 0..3"),
         (["--ranks", "5"], "--experts 32 is no multiple of --ranks 5"),
     ],
 )

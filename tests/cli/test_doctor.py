@@ -41,6 +41,7 @@ def test_a_machine_that_works(any_terminal):
         assert name in out
     for variable in env.VARIABLES:
         assert variable.name in out
+    assert "PASS: it works; no: it does not, and why; !: without it nothing works" in out.replace("\n", " ")
     assert "over 2 rank(s), transport shared_memory" in out
     assert "over 2 rank(s), transport process_group" in out
     assert "1 node of 2 ranks (ranks 0 1): all ranks are on one host; shared_memory inside, backend cpu" in out
@@ -301,6 +302,16 @@ def test_a_variable_that_cannot_be_read(monkeypatch):
     assert not finding.passed
     assert finding.required
     assert "TOKENFERRY_TIMEOUT_S='soon'" in finding.text
+
+
+def test_a_variable_that_is_mistyped(monkeypatch):
+    monkeypatch.setenv("TOKENFERRY_TIMEOUT", "5")
+    *known, unknown = doctor._variables()
+    assert all(finding.passed for finding in known)
+    assert (unknown.name, unknown.passed, unknown.required) == ("TOKENFERRY_TIMEOUT", False, False)
+    assert "did you mean TOKENFERRY_TIMEOUT_S?" in unknown.text
+    monkeypatch.setattr(doctor, "_ranks", lambda: iter(()))
+    assert by_name(compiler=False)["group of one"].passed, "the rest is tried all the same"
 
 
 def test_nothing_is_tried_in_an_environment_that_cannot_be_read(monkeypatch, any_terminal):

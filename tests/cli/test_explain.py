@@ -12,6 +12,7 @@ def test_the_case_of_the_targets(capsys):
     out = capsys.readouterr().out
     for text in ("5.295 ranks, 4.633 of them others", "140.27", "272.04", "dispatch: 16 SMs", "combine: 16 SMs"):
         assert text in out
+    assert "FP8 rows of T=4096, with the plan kept and calls back to back, took 247 us with 12 to 24 SMs" in out
     assert "window of each rank" in out
     assert "us at 340 GB/s: NVLink, the best rate of 8 H200 behind NVSwitch; 4 reached 356; assumed" in out
     assert "at least" not in out, "fewer GPUs have taken less time"

@@ -42,6 +42,9 @@ def test_names_as_tracebacks_and_people_write_them(name, capsys):
 def test_another_name(capsys):
     assert main.main(["explain-error", "PeerTimout"]) == 2
     assert capsys.readouterr().err.endswith("did you mean PeerTimeout?\n")
+    for part in ("TimeoutError", "Peer", "timeout"):
+        assert main.main(["explain-error", part]) == 2
+        assert capsys.readouterr().err.endswith(f"no exception '{part}'; did you mean PeerTimeout?\n")
     assert main.main(["explain-error", "xyz"]) == 2
     assert "choose one of TokenferryError, ArgumentError" in capsys.readouterr().err
 

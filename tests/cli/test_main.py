@@ -99,13 +99,14 @@ def test_options_that_a_command_does_not_have(argv, end, capsys):
 @pytest.mark.parametrize(
     ("argv", "end"),
     [
-        (["explain", "--tokens", "1e6"], "argument --tokens: expected a positive integer, such as 4096, got '1e6'\n"),
-        (["explain", "--tokens", "0"], "argument --tokens: expected a positive integer, such as 4096, got '0'\n"),
+        (["explain", "--tokens", "1e6"], "argument --tokens: expected a positive integer, such as 8, got '1e6'\n"),
+        (["bench", "cpu", "--ranks", "x"], "--ranks: expected a positive integer, such as 8, got 'x'\n"),
+        (["explain", "--tokens", "0"], "argument --tokens: expected a positive integer, such as 8, got '0'\n"),
         (["explain", "--gbps", "pcie6"], "--gbps: expected GB/s above 0, or nvlink, pcie4, pcie5, got 'pcie6'\n"),
         (["explain", "--gbps", "nan"], "--gbps: expected GB/s above 0, or nvlink, pcie4, pcie5, got 'nan'\n"),
         (["plan", "--network-gbs", "fast"], "argument --network-gbs: expected a number, got 'fast'\n"),
         (["plan", "--seed", "-1"], "argument --seed: expected an integer from 0 to 549755813887, got '-1'\n"),
-        (["bench", "gpu", "--tokens", "8,x"], "--tokens: expected a positive integer, such as 4096, got 'x'\n"),
+        (["bench", "gpu", "--tokens", "8,x"], "--tokens: expected a positive integer, such as 8, got 'x'\n"),
         (["trace", "--seed", "x"], "argument --seed: expected an integer, got 'x'\n"),
         (["diagnose", "--slow-rank", "x"], "argument --slow-rank: expected an integer, got 'x'\n"),
     ],

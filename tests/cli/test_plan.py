@@ -7,7 +7,7 @@ import pytest
 
 from tokenferry.backends.cuda import decode
 from tokenferry.backends.cuda.across import decode_forms
-from tokenferry.cli import cuda_limits, plan
+from tokenferry.cli import cuda_limits, plan, screen
 from tokenferry.cli.main import main
 from tokenferry.cli.parser import parse
 from tokenferry.cost.calls import CallCost, Times
@@ -24,6 +24,12 @@ ISSUE = "plan --nodes 32 --ranks-per-node 8 --experts 256 --top-k 8 --hidden 716
 
 def names(thing):
     return {field.name for field in fields(thing)}
+
+
+@pytest.fixture(autouse=True)
+def _whole_notes(monkeypatch):
+    """Tests look for whole sentences."""
+    monkeypatch.setattr(screen, "NOTE_COLUMNS", 10_000)
 
 
 def line(out, start):
@@ -163,7 +169,7 @@ def test_other_options(capsys):
     words = "plan --dtype bf16 --decode-tokens 64 --slots 40 --network-us 25 --network-gbs 25 --nvlink-gbs 160"
     assert main(words.split()) == 0
     out = capsys.readouterr().out
-    assert "network 25 GB/s, NVLink 160 GB/s" in out
+    assert "network 25 GB/s (200 Gb/s), NVLink 160 GB/s a rank" in out
     assert line(out, "decoding dispatch  ")[2] == "14336"
     # (3 * 40 * (14336 + 64)) bytes at 25 GB/s, and 25 us.
     assert "decoding dispatch          0       94 " in out

@@ -72,6 +72,21 @@ def test_a_long_line_is_broken_between_words_on_a_terminal_only(any_terminal, mo
     assert pipe.getvalue() == LONG + "\n"
 
 
+def test_notes_are_broken_into_a_pipe_too(any_terminal, monkeypatch):
+    """Further lines are indented, so that each note is seen as one."""
+    note, pipe = f"network: {'many words ' * 30}end", io.StringIO()
+    Screen(pipe).note(f"{note}\nshort")
+    *lines, end = pipe.getvalue().splitlines()
+    assert end == "short"
+    assert max(map(len, lines)) <= screen.NOTE_COLUMNS
+    assert len(lines) > 1
+    assert all(line.startswith("  ") for line in lines[1:])
+    assert " ".join(" ".join(lines).split()) == note
+    monkeypatch.setenv("COLUMNS", "60")
+    Screen().note(note)
+    assert max(map(len, any_terminal.getvalue().splitlines())) <= 60
+
+
 def test_a_column_that_does_not_fit_gets_a_part_of_its_own():
     assert screen._parts([10, 30, 100, 5, 5], 1, 60) == [[0, 1], [0, 2], [0, 3, 4]]
     assert screen._parts([10, 31, 100, 5, 5], 2, 60) == [[0, 1], [0, 2], [0, 3, 4]], "keys leave a third to the others"

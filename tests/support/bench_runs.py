@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from support import bench_decode_jobs, bench_jobs, limits_jobs
-from tokenferry.cli import bench_phases, bench_settings
+from tokenferry.cli import bench_phases, bench_settings, screen
 from tokenferry.cli.main import main, make_parser
 from tokenferry.cli.screen import Screen
 
@@ -63,6 +63,7 @@ def bench_gpu_phases(folder, part, *words, **jobs):
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(bench_settings.DEFAULTS, (part, "cpu"), bench_settings.DEFAULTS[part, "cuda"])
+        patch.setattr(screen, "NOTE_COLUMNS", 10_000)  # tests look for whole sentences
         patch.setattr(bench_phases, "PHASES", {**bench_phases.PHASES, **phases})
         status = bench_phases.run(args, Screen(output))
     return Run(status, output.getvalue(), json.loads(file.read_text()), folder)

@@ -129,8 +129,8 @@ def numbers_of_more_ranks(rank: int, pg: Any, case: Case) -> list[list[int]]:
     """Ranks tell each other numbers when there are more of them than a token may have choices on a GPU."""
     buffer = buffer_for(pg, case)
     with mock.patch.object(hybrid_calls, "MAX_CHOICES", 3):
-        mine = torch.tensor([10 * rank, 10 * rank + 1, 7, 2**31 - 1 - rank, 0], dtype=torch.int64, device="cpu")
-        return hybrid_calls._gathered(buffer._views, mine).tolist()
+        mine = torch.tensor([10 * rank, 10 * rank + 1, 7, 2**31 - 1 - rank, 0], dtype=torch.int32, device="cpu")
+        return hybrid_calls._gathered(buffer._views, mine, hybrid_calls.COUNTS).tolist()
 
 
 def overflows(rank: int, pg: Any, case: Case) -> None:

@@ -101,10 +101,11 @@ def overflow(rank, pg, pair: Pair, ranks: int) -> None:
             (Layout.MASKED, "host"),
         ):
             assert needed(case, layout) == enough
-            with pytest.raises(CapacityError, match=rf"(?s)(?=.*\b{enough}\b)(?=.*\b{enough - 1}\b)"):
-                group.dispatch(
-                    mine.x, routing_of(mine), options=DispatchOptions(layout, counts=counts, capacity=enough - 1)
-                )
+            tight, large = DispatchOptions(layout, counts=counts, capacity=enough - 1), rf"(?s)(?=.*\b{enough}\b)"
+            with pytest.raises(CapacityError, match=rf"{large}(?=.*\b{enough - 1}\b)") as caught:
+                group.dispatch(mine.x, routing_of(mine), options=tight)
+            assert (": an expert of " in str(caught.value)) == (layout is Layout.MASKED), "whose rows those are"
+            del caught
             gc.collect()  # what the error's traceback holds: later calls must not use what this destroys
             check_round_trip(group, case, DispatchOptions(layout, counts=counts, capacity=enough))
 

@@ -118,9 +118,10 @@ def test_messages_are_sentences(why, last, posted):
         sentences = re.split(r"(?<=\.) (?=[A-Z])", message)
         assert sentences[0] == f"dispatch #3: rank 0 waited 1.0 s for rank 1: {why.removesuffix('.')}."
         assert sentences[1:2] == ([last] if last else sentences[1:2])
-        assert sentences[2 if last else 1].startswith("The group is broken; `tokenferry explain-error PeerTimeout` ")
+        assert sentences[-1].startswith("The group is broken; `tokenferry explain-error PeerTimeout` ")
+        assert message.endswith(" what to do")
     cause = ": ResourceError: no memory." if posted else "."
-    assert message.endswith(f" what to do. The cause is rank 1 on node 0{cause}")
+    assert sentences[-2] == f"The cause is rank 1 on node 0{cause}", "before the advice"
 
 
 class Blocked:

@@ -10,8 +10,9 @@ from tokenferry import ConfigError, env
 
 
 @pytest.fixture(autouse=True)
-def _level():
-    """A test that sets TOKENFERRY_LOG leaves no level behind."""
+def _level(monkeypatch):
+    """A test that sets TOKENFERRY_LOG leaves no level behind, and none knows of names in another."""
+    monkeypatch.setattr(env, "_warned", set())
     before = logging.getLogger("tokenferry").level
     yield
     logging.getLogger("tokenferry").setLevel(before)
@@ -84,7 +85,10 @@ def test_values_are_parsed():
         ("TOKENFERRY_RANKS_PER_NODE", "0", "expected auto, or a whole number of ranks above 0"),
         ("TOKENFERRY_CACHE_DIR", "", "expected a folder"),
         ("TOKENFERRY_ARCH", "ampere", "expected auto, sm_XY for machine code or compute_XY for PTX"),
-        ("TOKENFERRY_LOG", "loud", "expected one of auto, debug, info, warning, error, off"),
+        ("TOKENFERRY_LOG", "loud", r"expected one of auto, debug, info, warning, error, off\. "),
+        ("TOKENFERRY_LOG", "warn", r"warning, error, off \(did you mean warning\?\)"),
+        ("TOKENFERRY_LOG", "ERROR", r"did you mean error\?"),
+        ("TOKENFERRY_BACKEND", "cude", r"did you mean cuda\?"),
     ],
 )
 def test_a_bad_value_names_variable_value_and_expectation(name, value, message):
@@ -97,6 +101,9 @@ def test_an_unknown_name_warns_with_the_nearest(caplog):
         env.read({"TOKENFERRY_TIMEOUT": "5"})
     assert "TOKENFERRY_TIMEOUT is not a variable" in caplog.text
     assert "TOKENFERRY_TIMEOUT_S" in caplog.text
+    assert env.unknown({"TOKENFERRY_TIMEOUT": "5"}) == {"TOKENFERRY_TIMEOUT": "TOKENFERRY_TIMEOUT_S"}
+    env.read({"TOKENFERRY_TIMEOUT": "5"})
+    assert len(caplog.records) == 1, "programs that make many groups get one warning"
 
 
 def test_the_process_environment_is_the_default_and_stays_as_it_is(monkeypatch):

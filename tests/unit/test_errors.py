@@ -11,6 +11,9 @@ import torch
 
 import tokenferry
 from tokenferry import ExpertGroup, MoeShape, Routing, errors
+from tokenferry.backends.cpu.exchange import Kind
+from tokenferry.backends.cuda.signature import KINDS
+from tokenferry.transports import handshake
 
 CLASSES = [c for _, c in inspect.getmembers(errors, inspect.isclass) if issubclass(c, Exception)]
 
@@ -52,6 +55,12 @@ def test_a_refused_call_keeps_no_memory():
             assert call()() is None
     finally:
         gc.enable()
+
+
+def test_all_phases_of_a_timeout_are_documented():
+    """Those of both backends, and of groups that are being made."""
+    names = {*(kind.name for kind in Kind), *KINDS[1:], handshake._CALL.phase}
+    assert {name for name in names if f'``"{name}"``' not in errors.PeerTimeout.__doc__} == set()
 
 
 def test_a_timeout_has_the_ranks_that_waited_and_were_missed():

@@ -7,7 +7,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tokenferry import ArgumentError, ClosedError, ConfigError, ExpertGroup, MoeShape, Routing
+from tokenferry import (
+    ArgumentError,
+    ClosedError,
+    ConfigError,
+    DispatchOptions,
+    ExpertGroup,
+    Layout,
+    MoeShape,
+    Routing,
+)
 from tokenferry.compat.deep_ep import Buffer
 
 SHAPE = MoeShape(num_experts=4, top_k=2, hidden=8, max_tokens=16)
@@ -47,6 +56,19 @@ def test_a_group_of_one_has_no_rank_to_mask():
         pytest.raises(ArgumentError, match="of which a group of one has none, got 0"),
     ):
         group.mask(0)
+
+
+def test_there_may_be_more_choices_than_experts():
+    """Slots may be unused, and experts repeat: DeepEP's programs pass such routings, and random cases have them."""
+    routing = Routing(torch.tensor([[0, 1, -1, -1], [1, 1, 1, 0]]), torch.full((2, 4), 0.25))
+    with ExpertGroup(None, MoeShape(num_experts=2, top_k=4, hidden=16, max_tokens=8), backend="cpu") as group:
+        x = torch.ones(2, 16)
+        for layout, total in ((Layout.ROWS, 1.0), (Layout.EXPERTS, 2.0), (Layout.MASKED, 2.0)):
+            sent = group.dispatch(x, routing, options=DispatchOptions(layout))
+            assert sent.expert_counts.tolist() == [2, 2]
+            assert group.combine(sent.x, sent.plan).x[:, 0].tolist() == [total, total]
+        sent = group.decode_dispatch(x, routing)
+        assert group.decode_combine(sent.x, sent.plan).x[:, 0].tolist() == [0.5, 1.0]
 
 
 def test_closing_a_view_closes_the_group():

@@ -1,6 +1,7 @@
 """Importing tokenferry costs little and does nothing."""
 
 import ast
+import importlib
 import json
 import subprocess
 import sys
@@ -112,6 +113,46 @@ else:
 
 def test_torch_is_imported_when_a_name_is_first_used():
     subprocess.run([sys.executable, "-c", LAZY], check=True, timeout=240)
+
+
+NAMED = """
+import sys, tokenferry
+path = sys.argv[1]
+assert path.split(".")[0] in dir(tokenferry)
+assert not [name for name in sys.modules if name.startswith("tokenferry.")]
+found = tokenferry
+for name in path.split("."):
+    found = getattr(found, name)
+assert found is sys.modules[f"tokenferry.{path}"]
+"""
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "autograd",
+        "compat.deep_ep",
+        "cost.case",
+        "formats.fp8",
+        "formats.logfmt",
+        "integrations.transformers",
+        "nn.balance",
+        "testing.oracle",
+        "testing.world",
+    ],
+)
+def test_packages_that_documents_name_are_attributes(path):
+    """Of a program that has imported nothing but tokenferry, as the error about rows that require grad assumes."""
+    subprocess.run([sys.executable, "-c", NAMED, path], check=True, timeout=240)
+    assert f"`tokenferry.{path.split('.')[0]}" in tokenferry.__doc__
+
+
+def test_modules_for_users_list_their_names():
+    for name in ("formats", "formats.fp8", "formats.logfmt", "testing", "testing.world"):
+        module = importlib.import_module(f"tokenferry.{name}")
+        assert module.__all__ == sorted(module.__all__)
+        for public in module.__all__:
+            assert hasattr(module, public) or importlib.import_module(f"{module.__name__}.{public}"), public
 
 
 def test_public_names_are_listed_sorted_and_documented():

@@ -4,13 +4,14 @@ import copy
 import dataclasses
 import inspect
 import pickle
+import re
 import typing
 
 import pytest
 import torch
 
 import tokenferry
-from tokenferry import ConfigError, DispatchOptions, Layout, MoeShape, Plan, types
+from tokenferry import ConfigError, DispatchOptions, Layout, MoeShape, Plan, Scale, autograd, types
 from tokenferry.testing.compare import same_bits
 
 
@@ -166,6 +167,21 @@ def test_docstrings_name_every_argument_of_a_call(method):
     assert documented in ([], names)
     assert documented or len(names) < 3
     assert len(names) <= MORE_PARAMETERS.get(method.__name__, 6)
+
+
+@pytest.mark.parametrize("call", [autograd.combine, autograd.dispatch, autograd.redispatch])
+def test_docstrings_of_calls_with_gradients_are_whole(call):
+    assert argument_names(call.__doc__) == list(inspect.signature(call).parameters)
+    assert "\nReturns:\n" in inspect.cleandoc(call.__doc__)
+    assert re.search(
+        r"collective, and so is its backward: one `\w+`, on the stream of this call, capturable", call.__doc__
+    )
+
+
+@pytest.mark.parametrize("kind", [Layout, Scale])
+def test_help_describes_every_member(kind):
+    """`help` shows no text below a member."""
+    assert argument_names(kind.__doc__) == [member.name for member in kind]
 
 
 def argument_names(doc: str) -> list[str]:

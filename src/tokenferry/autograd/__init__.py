@@ -29,6 +29,9 @@ Contract, beyond that of `tokenferry.ExpertGroup`:
     Memory: CUDA: rows that a graph keeps are copied out of the heap.
     Plans: CUDA: a compiled function takes a plan that was made in a trace, or the copy of another (`copy.copy`).
     Numerics: gradients are summed as `ExpertGroup.combine` sums, and are bitwise reproducible.
+    Stream: CUDA: the call in backward runs on the stream of its forward, as torch does it for all operations.
+    Host and CUDA graphs: the call in backward is a `combine` or `redispatch`, neither of which waits for the device:
+        both are capturable, with every plan. A forward `dispatch` is with ``counts="device"``.
 """
 
 from __future__ import annotations
@@ -44,7 +47,7 @@ from tokenferry.api import ExpertGroup
 from tokenferry.autograd import ops
 from tokenferry.autograd.common import zeroing
 from tokenferry.autograd.eager import GroupCalls, Sent, is_traced
-from tokenferry.checks import check_operand
+from tokenferry.checks import check_operand, wrong_operand, wrong_routing
 from tokenferry.errors import ArgumentError, PlanError, ShapeError
 from tokenferry.types import Combined, Dispatched, DispatchOptions, Layout, Plan, Quantized, Routing, Scale
 
@@ -78,8 +81,9 @@ def dispatch(
 ) -> Dispatched[Tensor] | Dispatched[Quantized]:
     """Call `ExpertGroup.dispatch` with gradients of ``x`` and of ``routing.topk_weights``.
 
-    Contract: collective, and so is its backward (one `combine`); see the top of this module. Arguments, results and
-    errors as `ExpertGroup.dispatch`, but ``zero_padding`` is always on, and ``host_counts`` is None in a traced graph.
+    Contract: collective, and so is its backward: one `combine`, on the stream of this call, capturable; see the top of
+    this module. Arguments, results and errors as `ExpertGroup.dispatch`, but ``zero_padding`` is always on, and
+    ``host_counts`` is None in a traced graph.
 
     Args:
         group: The group.
@@ -89,6 +93,9 @@ def dispatch(
         quantize: Cast rows to FP8 to send them, with scales of this format (`tokenferry.formats.fp8.cast`), and back to
             their dtype where they arrive. Gradients are those of the rows as they arrive, in the dtype of the rows, as
             if the cast were the identity. None: rows are sent as they are.
+
+    Returns:
+        Dispatched: as from `ExpertGroup.dispatch`; ``x`` and ``topk_weights`` have gradients.
 
     Raises:
         ArgumentError: a `Quantized` requires grad, or is to be cast; or ``quantize`` is no `Scale`.
@@ -108,7 +115,7 @@ def dispatch(
     options = DispatchOptions() if options is None else options
     data, scale = _data_and_scale("dispatch", x)
     if not isinstance(routing, Routing):
-        raise ArgumentError(f"dispatch: routing: expected a tokenferry.Routing, got {type(routing).__name__}")
+        raise wrong_routing("dispatch", routing)
     _only_tensors("dispatch", topk_idx=routing.topk_idx, topk_weights=routing.topk_weights)
     if quantize is not None:
         _can_be_cast(group, x, quantize)
@@ -142,8 +149,17 @@ def redispatch(
 ) -> Dispatched[Tensor] | Dispatched[Quantized]:
     """Call `ExpertGroup.redispatch` with gradients of ``x`` and of ``topk_weights``.
 
-    Contract: collective, and so is its backward (one `combine`); see the top of this module. Arguments, results and
-    errors as `ExpertGroup.redispatch`, with the same differences as `dispatch`.
+    Contract: collective, and so is its backward: one `combine`, on the stream of this call, capturable; see the top of
+    this module. Arguments, results and errors as `ExpertGroup.redispatch`, with the same differences as `dispatch`.
+
+    Args:
+        group: The group.
+        x: Rows to send: ``[T, H]``, or a `Quantized`, which has no gradient.
+        plan: The plan of a `dispatch` or `redispatch` of this group.
+        topk_weights: ``[T, K]`` float32 to send with the rows, or None.
+
+    Returns:
+        Dispatched: as from `ExpertGroup.redispatch`; ``x`` and ``topk_weights`` have gradients.
 
     Raises:
         ArgumentError: a `Quantized` requires grad.
@@ -170,8 +186,21 @@ def combine(
 ) -> Combined:
     """Call `ExpertGroup.combine` with gradients of ``y``, ``topk_weights`` and the biases.
 
-    Contract: collective, and so is its backward (one `redispatch`); see the top of this module. Arguments, results and
-    errors as `ExpertGroup.combine`; ROWS: weights in slots of other ranks' experts count as 0.
+    Contract: collective, and so is its backward: one `redispatch`, on the stream of this call, capturable; none if only
+    a bias needs a gradient. See the top of this module. Arguments, results and errors as `ExpertGroup.combine`, without
+    ``out``; ROWS: weights in slots of other ranks' experts count as 0.
+
+    Args:
+        group: The group.
+        y: The experts' outputs in the layout of ``Dispatched.x``; rows past the counts are not read, and their
+            gradients are zero.
+        plan: The plan of a `dispatch` or `redispatch` of this group; not consumed.
+        topk_weights: float32 in the shape of ``Dispatched.topk_weights``, to be returned and added up per slot, or
+            None.
+        bias: One or two ``[T, H]`` tensors of y's dtype, with which the sum starts, or None.
+
+    Returns:
+        Combined: ``x`` ``[T, H]`` and, if weights were given, ``topk_weights`` ``[T, K]``, both with gradients.
 
     Raises:
         PlanError: the plan was made in inference mode, and an input requires grad; or as `ExpertGroup.combine`.
@@ -217,7 +246,7 @@ def _only_tensors(call: str, **arguments: object) -> None:
     for name, value in arguments.items():
         optional = name == "topk_weights"
         if not isinstance(value, Tensor) and not (optional and value is None):
-            raise ShapeError(f"{call}: {name}: expected a torch.Tensor, got {type(value).__name__}; pass one")
+            raise wrong_operand(call, name, value)
 
 
 def _reach_operators(call: str, x: Tensor | None = None, scale: Tensor | None = None, **arguments: object) -> None:

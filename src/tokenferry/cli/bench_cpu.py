@@ -41,7 +41,7 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     except WorldError as error:
         screen.line(f"{explain(error)}\nno time is printed", style="bold red")
         return status(error)
-    screen.line(f"MB/rank: {CPU_NOTES['bytes']}. GB/s: these over the median.")
+    screen.note(f"MB/rank: {CPU_NOTES['bytes']}. GB/s: these over the median.")
     if args.json is not None:
         write_json(report.as_json(), args.json, screen)
     return 0

@@ -33,12 +33,12 @@ from tokenferry.bench.suites import (
     two_batch_overlap,
 )
 from tokenferry.cli import limits as cli_limits
-from tokenferry.cli.bench_settings import CPU_RANKS, make_settings, nodes_ranks
+from tokenferry.cli.bench_settings import CPU_RANKS, DEFAULTS, make_settings, nodes_ranks
 from tokenferry.cli.failure import explain
 from tokenferry.cli.output import STDOUT, write_json
 from tokenferry.cli.parser import NOT_POSSIBLE
 from tokenferry.cli.screen import Screen
-from tokenferry.errors import ConfigError
+from tokenferry.errors import BackendUnavailable, ConfigError
 from tokenferry.testing.world import World, WorldError
 
 QUICK_LIMITS = limits.LimitSettings(num_sms=(8, 12, 16, 24, 64, 132), runs=3, iterations=500)
@@ -130,12 +130,12 @@ DRAWN = ("calls", "sms", "decode", "eager", "megatron")
 def run(args: argparse.Namespace, screen: Screen) -> int:
     """Measure, print; 1 if a case of tokenferry failed, 3 if what was asked for is not installed."""
     phases = choose_phases(args)
+    on_gpus = args.device == "cuda"
+    available = _count_gpus(args.part) if on_gpus else CPU_RANKS
     needed = {"megatron": megatron, "transformers": transformers}.get(args.part)
     if needed is not None and needed.version() is None:
         screen.line(needed.NOT_INSTALLED)
         return NOT_POSSIBLE
-    on_gpus = args.device == "cuda"
-    available = need_gpus() if on_gpus else CPU_RANKS
     if args.part == "nodes":
         available = available if args.between == "nvlink" else nodes_ranks(available if on_gpus else 0)
     if args.plot is not None:
@@ -174,6 +174,20 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     return 1 if any(not one["what"].startswith(BASELINES) for one in report.failed) else 0
 
 
+def _count_gpus(part: str) -> int:
+    """Return how many GPUs torch sees.
+
+    Raises:
+        BackendUnavailable: none; names the part, and what else there is.
+    """
+    try:
+        return need_gpus()
+    except BackendUnavailable as error:
+        on_cpus = [name for name, device in DEFAULTS if device == "cpu"]
+        instead = "--device cpu" if part in on_cpus else f"the parts {', '.join(on_cpus)}"
+        raise BackendUnavailable(f"part {part}: {error}; without GPUs: {instead}") from None
+
+
 def choose_phases(args: argparse.Namespace) -> tuple[str, ...]:
     """Return the phases to measure, in order.
 
@@ -193,7 +207,7 @@ def _show(parts: tables.Shown, screen: Screen) -> None:
         if isinstance(part, tables.Table):
             screen.table(part.title, part.header, part.rows)
         else:
-            screen.line(part)
+            screen.note(part)
 
 
 class Worlds:

@@ -101,10 +101,10 @@ def slowed(args: argparse.Namespace) -> Slowed:
     """
     if args.slow_rank is None and args.slow_us is None:
         return Slowed()
+    if args.slow_rank is not None and not 0 <= args.slow_rank < args.ranks:
+        raise ConfigError(f"--slow-rank {args.slow_rank}: expected one of 0..{args.ranks - 1}, of --ranks {args.ranks}")
     if args.slow_rank is None or args.slow_us is None:
         raise ConfigError("--slow-rank and --slow-us: one makes no sense without the other; give both")
-    if not 0 <= args.slow_rank < args.ranks:
-        raise ConfigError(f"--slow-rank {args.slow_rank}: expected one of 0..{args.ranks - 1}")
     return Slowed(args.slow_rank, args.slow_us / 1e6)
 
 

@@ -34,6 +34,7 @@ RANKS = 2
 RANKS_PER_NODE = 2
 NODES_REMEDY = "see the lines about transports above"
 ENVIRONMENT = "environment"
+LEGEND = "PASS: it works; no: it does not, and why; !: without it nothing works, the rest is optional"
 WIDTH = 25
 """Of the names of findings: that of the longest variable."""
 
@@ -56,6 +57,7 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
         screen.line(line, whole=line.startswith("command: "))
     machine = about.machine()
     screen.line(f"{machine['processor']}, {machine['cores']} cores, {machine['system']}")
+    screen.line(LEGEND)
     found = []
     for finding in findings(compiler=not args.no_compile):
         _show(finding, screen)
@@ -91,7 +93,7 @@ def findings(*, compiler: bool) -> Iterator[Finding]:
     yield _versions()
     for finding in _variables():
         yield finding
-        if not finding.passed:
+        if finding.required and not finding.passed:
             return  # all else would fail for the same reason
     yield _group_of_one()
     yield _group_of_defaults()
@@ -124,6 +126,8 @@ def _variables() -> Iterator[Finding]:
         is_default = value == variable.parse(variable.default)
         shown, origin = (variable.default, "default") if is_default else (value, f"default: {variable.default}")
         yield Finding(variable.name, True, f"{shown} ({origin}); {variable.meaning}")
+    for name, near in env.unknown().items():
+        yield Finding(name, False, f"no variable of tokenferry, which ignores it; did you mean {near}?")
 
 
 def _group_of_one() -> Finding:

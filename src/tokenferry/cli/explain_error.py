@@ -54,10 +54,21 @@ def _known(given: str, names: list[str]) -> str:
     by_lower = {name.lower(): name for name in names}
     name = given.rpartition(".")[2].lower()
     if name not in by_lower:
-        near = difflib.get_close_matches(name, by_lower, n=1)
-        hint = f"did you mean {by_lower[near[0]]}?" if near else f"choose one of {', '.join(names)}"
+        near = _with_word(name.removesuffix("error"), names) or [
+            by_lower[one] for one in difflib.get_close_matches(name, by_lower, n=1)
+        ]
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(names)}"
         raise ConfigError(f"tokenferry has no exception {given!r}; {hint}")
     return by_lower[name]
+
+
+def _with_word(part: str, names: list[str]) -> list[str]:
+    """Return the names of which a word begins with ``part``, in lower case: for "timeout" `PeerTimeout`."""
+    return [
+        name
+        for name in names
+        if len(part) > 2 and any(name.lower().startswith(part, word.start()) for word in re.finditer("[A-Z]", name))
+    ]
 
 
 def read_page() -> str:

@@ -28,7 +28,7 @@ def positive(text: str) -> int:
     """
     value = _whole(text)
     if value is None or value < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, such as 4096, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a positive integer, such as 8, got {text!r}")
     if value > MAX_SIZE:
         raise argparse.ArgumentTypeError(f"{text} is above {MAX_SIZE}, the largest size")
     return value

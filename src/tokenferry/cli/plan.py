@@ -147,7 +147,7 @@ def show(found: Estimate, screen: Screen) -> None:
         screen.table(title, header, rows)
         screen.line()
     for line in _foot(found):
-        screen.line(line)
+        screen.note(line)
 
 
 def _in_options(text: str, args: argparse.Namespace) -> str:
@@ -191,7 +191,8 @@ def _head(found: Estimate) -> list[str]:
     lines = [
         f"N={cluster.num_nodes} P={cluster.ranks_per_node} R={cluster.num_ranks} E={shape.num_experts} "
         f"K={shape.top_k} H={shape.hidden}, routing {gate} ({how})",
-        f"network {found.links.network_gbs:g} GB/s, NVLink {found.links.nvlink_gbs:g} GB/s a rank",
+        f"network {found.links.network_gbs:g} GB/s ({8 * found.links.network_gbs:g} Gb/s), "
+        f"NVLink {found.links.nvlink_gbs:g} GB/s a rank",
         f"a token goes to {reach.nodes_per_token:.3f} nodes, {reach.remote_nodes_per_token:.3f} of them others "
         f"(at most {case.most_remote_nodes}), and to {reach.ranks_per_token:.3f} ranks",
     ]

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 Advance = Callable[[int, str], None]
 """``advance(done, text)``: add ``done`` to the progress, and show ``text`` as the current activity."""
 
+NOTE_COLUMNS = 100
+"""The width of notes where no terminal has one."""
+
 
 class OutputClosed(Exception):  # noqa: N818 - not an error: ``tokenferry doctor | head -1`` has what it wants
     """Nobody reads the output any more. Not an OSError, which commands take for a failure of what they measure."""
@@ -53,6 +56,11 @@ class Screen:
                 raise OutputClosed from None
         else:
             self._console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        """Print sentences that explain what stands above them: fitted to the terminal, elsewhere to `NOTE_COLUMNS`."""
+        width = shutil.get_terminal_size().columns if self.stream.isatty() else NOTE_COLUMNS
+        self.line("\n".join(fitted(line, width, more="  ") for line in text.split("\n")), whole=True)
 
     def item(self, head: str, text: str, *, style: str | None = None) -> None:
         """Print a text behind its head; on a terminal further lines are indented as far as the first."""
@@ -136,11 +144,17 @@ class Screen:
         return advance
 
 
-def fitted(line: str, width: int) -> str:
-    """Return a line in as many as it takes, indented like the first; words, such as paths, are never broken."""
+def fitted(line: str, width: int, *, more: str = "") -> str:
+    """Return a line in as many as it takes, indented like the first; words, such as paths, are never broken.
+
+    Args:
+        line: The line.
+        width: The columns that there are.
+        more: What the further lines are indented beyond the first.
+    """
     if len(line) <= width:
         return line
-    indent = " " * (len(line) - len(line.lstrip(" ")))
+    indent = " " * (len(line) - len(line.lstrip(" "))) + more
     wrapped = textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
     return "\n".join(wrapped)
 

@@ -19,6 +19,8 @@ from torch import Tensor
 from tokenferry.errors import ArgumentError
 from tokenferry.types import Quantized, Scale
 
+__all__ = ["GROUP", "cast", "dequantize"]
+
 GROUP = 128
 """Columns that share a scale; the last group of a row may have fewer."""
 

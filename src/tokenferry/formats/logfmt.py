@@ -33,6 +33,8 @@ from torch import Tensor
 from tokenferry.errors import ShapeError
 from tokenferry.types import Quantized
 
+__all__ = ["GROUP", "GROUP_BYTES", "decode", "encode"]
+
 GROUP = 128
 """Columns that share a range; H must be a multiple of it."""
 

@@ -184,12 +184,7 @@ def peer_timeout(call: CallId, rank: int, peers: Sequence[int], why: str, waited
     """
     who = f"rank {peers[0]}" if len(peers) == 1 else f"ranks {', '.join(map(str, peers))}"
     where = f"{call.phase} #{call.number}" if call.number else call.phase
-    places = ("`tokenferry explain-error PeerTimeout`", page_address("errors", "peertimeout"))
-    sentences = (
-        f"{where}: rank {rank} waited {waited_s:.1f} s for {who}: {why.removesuffix('.')}.",
-        last,
-        f"The group is broken; {' and '.join(filter(None, places))} {'say' if places[1] else 'says'} what to do",
-    )
+    sentences = (f"{where}: rank {rank} waited {waited_s:.1f} s for {who}: {why.removesuffix('.')}.", last, advice())
     return PeerTimeout(
         " ".join(filter(None, sentences)),
         phase=call.phase,
@@ -198,6 +193,12 @@ def peer_timeout(call: CallId, rank: int, peers: Sequence[int], why: str, waited
         peers=tuple(peers),
         waited_s=waited_s,
     )
+
+
+def advice() -> str:
+    """Return the last sentence of the message of a `PeerTimeout`."""
+    places = ("`tokenferry explain-error PeerTimeout`", page_address("errors", "peertimeout"))
+    return f"The group is broken; {' and '.join(filter(None, places))} {'say' if places[1] else 'says'} what to do"
 
 
 class LastMessages:

@@ -20,6 +20,7 @@ from torch._C._distributed_c10d import Store
 
 from tokenferry.errors import MismatchError, PeerTimeout
 from tokenferry.topology import Topology
+from tokenferry.transports.base import advice
 from tokenferry.transports.store import ask
 
 _POLL_S = 0.05
@@ -134,8 +135,10 @@ class FailureReports:
         at_fault = ", ".join(f"rank {peer} on node {self._topology.node_of(peer)}" for peer in cause.peers)
         behind = "" if cause.peers == error.peers else f", for which {waited_for} waited"
         why = f": {cause.left.removesuffix('.')}" if cause.left else ""
+        met = str(error).removesuffix(advice()).rstrip(" .")
+        last = f" {advice()}" if str(error).endswith(advice()) else ""
         return PeerTimeout(
-            f"{str(error).removesuffix('.')}. The cause is {at_fault}{behind}{why}.",
+            f"{met}. The cause is {at_fault}{behind}{why}.{last}",
             phase=error.phase,
             call=error.call,
             rank=rank,

@@ -213,8 +213,8 @@ def _check_capacity(exchange: Exchange, options: DispatchOptions, space: RowCapa
         needs = [source.num_rows for source in received]
     if max(needs) > space.given:
         worst = needs.index(max(needs))
-        per_expert = " per expert" if options.layout is Layout.MASKED else ""
+        where = f"{'an expert of ' if options.layout is Layout.MASKED else ''}rank {worst}"
         raise CapacityError(
-            f"dispatch: options.capacity: rank {worst} received {max(needs)} rows{per_expert}, "
+            f"dispatch: options.capacity: {where} received {max(needs)} rows, "
             f"capacity={space.given}; raise it, or leave it out for the worst case of {space.worst}"
         )

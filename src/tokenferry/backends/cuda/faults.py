@@ -272,9 +272,9 @@ class FlightRecorder:
                     f"{call.phase}: rank {peer} received {seen} rows, and its heap has room for {expected} at most; "
                     f"make it at least {times:.2f} times as large with TOKENFERRY_HEAP_MB, or send fewer tokens at once"
                 )
-            per_expert = " per expert" if fields.get("layout") == MASKED else ""
+            where = f"{'an expert of ' if fields.get('layout') == MASKED else ''}rank {peer}"
             return CapacityError(
-                f"{call.phase}: options.capacity: rank {peer} received {seen} rows{per_expert}, capacity={expected}; "
+                f"{call.phase}: options.capacity: {where} received {seen} rows, capacity={expected}; "
                 "raise it, or leave it out for the worst case"
             )
         return self._timeout(call, record)
