@@ -60,7 +60,7 @@ def test_norms_of_sharded_experts_count_each_once(worlds, sizes, dim):
     layer = with_gradients()
     want = [float(clip_grad_norm_(layer, 1e9, norm_type)) for norm_type in (1.0, 2.0, 3.0)]
     first = torch.tensor([0, 1, 2])  # the slots that count
-    grads = [layer.experts.matrix.grad[first], layer.experts.number.grad[first], layer.choice.weight.grad]
+    grads = [layer.experts.matrix.grad[first], layer.experts.number.grad[first], layer._choice.weight.grad]
     assert want == pytest.approx([float(nn.utils.get_total_norm(grads, p)) for p in (1.0, 2.0, 3.0)])
     for got in worlds(torch.Size(sizes).numel()).run(norms, sizes, dim):
         assert got == pytest.approx(want, rel=1e-6)  # those of routers are float32

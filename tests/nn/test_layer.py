@@ -178,6 +178,13 @@ def test_compile(capture):
                 torch.testing.assert_close(got[key if key in got else f"_orig_mod.{key}"], value)
 
 
+def test_a_layer_has_these_names():
+    layer = MoELayer(tokenferry.ExpertGroup(None, MoeShape(4, 2, 16, max_tokens=6)), FFN)
+    names = {name for name in dir(layer) if not name.startswith("_")} - set(dir(nn.Module()))
+    methods = {"expert_parameters", "replicated_parameters", "reset_parameters"}
+    assert names == methods | {"group", "options", "experts", "router", "shared", "expert_counts"}
+
+
 def test_leading_dimensions_and_bad_arguments():
     group = tokenferry.ExpertGroup(None, MoeShape(4, 2, 16, max_tokens=6))
     layer = MoELayer(group, FFN)
@@ -188,8 +195,8 @@ def test_leading_dimensions_and_bad_arguments():
     torch.testing.assert_close(layer(x.transpose(0, 1)).transpose(0, 1), out)
     assert layer.expert_counts.sum() == 12
     assert {id(p) for p in layer.expert_parameters()} == {id(p) for p in layer.experts.parameters()}
-    assert [id(p) for p in layer.replicated_parameters()] == [id(layer.router.weight)]
-    with pytest.raises(tokenferry.ShapeError, match=r"x: expected torch.float32 like the experts, got torch.float64"):
+    words = r"x: expected torch.float32 like the experts, got torch.float64; call .to\(torch.float32\)"
+    with pytest.raises(tokenferry.ShapeError, match=words):
         layer(x.double())
     for wrong in (torch.randn(2, 8), torch.randn(2, 3, 17), torch.randn(())):
         words = rf"x: expected \[..., H\], got {re.escape(str(list(wrong.shape)))}; H=16 was set by the group"

@@ -161,7 +161,17 @@ def test_losses_of_one_router_in_two_layers_are_refused(group):
     torch.testing.assert_close(auxiliary_losses(model).balance, want)
 
 
-def test_experts_of_an_inner_layer_are_not_replicated(group):
-    inner = MoELayer(group, 8, seed=1)
-    layer = MoELayer(group, 12, options=LayerOptions(shared=inner))
-    assert layer.replicated_parameters() == [layer.router.weight, inner.router.weight]
+def replicated_of_both(rank: int, pg: dist.ProcessGroup) -> None:
+    """A layer on all ranks, with one inside of it on all of them, or one whose experts each rank has."""
+    alone, shape = [dist.new_group([r]) for r in range(pg.size())][rank], MoeShape(4, 2, 16, max_tokens=64)
+    with tokenferry.ExpertGroup(pg, shape, backend="cpu") as group, tokenferry.ExpertGroup(alone, shape) as one:
+        for of_inner in (group, one):
+            inner = MoELayer(of_inner, 8, seed=1)
+            layer = MoELayer(group, 12, options=LayerOptions(shared=inner))
+            copies = [] if of_inner is group else inner.expert_parameters()
+            want = {id(p) for p in (layer.router.weight, inner.router.weight, *copies)}
+            assert {id(p) for p in layer.replicated_parameters()} == want
+
+
+def test_experts_that_every_rank_has_are_replicated_and_others_not(worlds):
+    worlds(2).run(replicated_of_both)

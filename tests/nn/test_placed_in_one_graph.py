@@ -127,7 +127,7 @@ def test_what_breaks_the_graph_of_training(slots, others, limit, backend):
             if limit is not None:
                 for one in (eager, layer):
                     update_biases(one, rate=0.25)
-                assert torch.equal(layer.choice.bias, eager.choice.bias)
+                assert torch.equal(layer._choice.bias, eager._choice.bias)
 
 
 def test_steps_after_a_move_are_not_compiled_again():
@@ -141,8 +141,8 @@ def test_steps_after_a_move_are_not_compiled_again():
         with torch._dynamo.config.patch(error_on_recompile=True):
             for _ in range(3):
                 compiled(x).sum().backward()
-        assert [held for held, _ in layer.take_loads()] == [[0, 1, 2, 3], [3, 2, 1, 0]]
+        assert [held for held, _ in layer._take_loads()] == [[0, 1, 2, 3], [3, 2, 1, 0]]
         compiled(x)
-        layer.router = layer.choice  # experts are in their order again
+        layer.router = layer._choice  # experts are in their order again
         layer(x)
-        assert [held for held, _ in layer.take_loads()] == [[3, 2, 1, 0], [0, 1, 2, 3]]
+        assert [held for held, _ in layer._take_loads()] == [[3, 2, 1, 0], [0, 1, 2, 3]]

@@ -13,7 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import tokenferry
 from tokenferry import MoeShape
-from tokenferry.nn import GELUExperts, GradScaler, MoELayer, by_expert, clip_grad_norm_, parallelize
+from tokenferry.nn import GELUExperts, GradScaler, MoELayer, Router, by_expert, clip_grad_norm_, parallelize
+from tokenferry.nn.balance import PlacedRouter, Placement
 
 SHAPE = MoeShape(4, 2, 16, max_tokens=32)
 
@@ -126,7 +127,7 @@ def test_replicas_without_values_are_made_equal_later(worlds):
     for errors, both in worlds(4).run(from_meta, False, True):
         assert len(errors) == 2
         for message in errors:
-            assert "experts: w had no values when parallelize was told" in message
+            assert "experts: w had no values when parallelize would have made the ranks and slots equal" in message
             assert "call parallelize(model) again" in message
         assert torch.equal(both[0], both[1])
 
@@ -268,3 +269,59 @@ def collectives_of_a_scaler(rank: int, pg: dist.ProcessGroup) -> int:
 
 def test_scalers_reduce_once_without_replicas(worlds):
     assert worlds(2).run(collectives_of_a_scaler) == [1, 1]
+
+
+class Adapted(GELUExperts):
+    """Experts to which an adapter is added when they have been drawn."""
+
+    def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        out: Tensor = super().forward(rows, offsets)
+        return out + by_expert(lambda product, rows, a: product(rows, a), rows, offsets, self.a)
+
+
+def late_replicas(rank: int, pg: dist.ProcessGroup, on_meta: bool) -> tuple[str, Tensor]:
+    """Return what training says of an adapter without values, and the adapter of all slots after three steps."""
+    torch.manual_seed(rank)
+    message = ""
+    with tokenferry.ExpertGroup(pg, SHAPE, backend="cpu") as group:
+        router = PlacedRouter(Router(16, 3, 2), Placement.of(torch.tensor([0, 1, 0, 2]), 2), group)
+        layer = MoELayer(group, experts=Adapted(group, 8), router=router)
+        layer.reset_parameters()
+        # Not contiguous, as torch.linalg.qr and others return matrices.
+        layer.experts.a = nn.Parameter(torch.randn(2, 16, 16, device="meta" if on_meta else "cpu").mT)
+        parallelize(layer, init_device_mesh("cpu", (2,), mesh_dim_names=("experts",)))
+        if on_meta:
+            layer.to_empty(device="cpu")
+            layer.reset_parameters()
+            with pytest.raises(tokenferry.ConfigError) as caught:
+                layer(rows_of(rank).float())
+            message = str(caught.value)
+            with torch.no_grad():
+                layer.experts.a.to_local().normal_()
+            parallelize(layer)
+        first = whole(layer.experts.a)
+        optimizer = torch.optim.AdamW(layer.experts.parameters(), lr=1e-2)
+        for _ in range(3):
+            layer(rows_of(rank).float()).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert not torch.equal(whole(layer.experts.a), first)
+        return message, whole(layer.experts.a)
+
+
+@pytest.mark.parametrize("on_meta", [False, True])
+def test_replicas_of_what_came_late_are_made_equal(worlds, on_meta):
+    for message, slots in worlds(2).run(late_replicas, on_meta):
+        assert ("experts: a had no values when parallelize would have made" in message) == on_meta
+        assert torch.equal(slots[0], slots[2])
+        assert not torch.equal(slots[0], slots[1])
+
+
+def test_replicas_on_one_rank_are_made_equal():
+    with tokenferry.ExpertGroup(None, SHAPE, backend="cpu") as group:
+        router = PlacedRouter(Router(16, 3, 2), Placement.of(torch.tensor([0, 1, 0, 2]), 1), group)
+        layer = MoELayer(group, experts=Own(4), router=router)
+        second, w = layer.experts.w[1].detach().clone(), layer.experts.w
+        parallelize(layer)
+        assert torch.equal(w[0], w[2])
+        assert torch.equal(w[1], second)

@@ -5,6 +5,8 @@ import re
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
 
 import tokenferry
 from support.ambient import default_dtype
@@ -209,6 +211,41 @@ def test_a_bias_is_never_narrower_than_float32(cast):
     assert router.bias[0].item() == 1.0 + 2**-20
     assert router.state_dict()["bias"] is not None
     assert router.to("meta").bias.is_meta
+
+
+@pytest.mark.parametrize("way", ["assign", "by hand"])
+def test_a_bias_that_came_narrow_keeps_its_steps(way):
+    router = Router(hidden=4, num_experts=4, top_k=2, group_limit=GroupLimit(1, 1))
+    narrow = torch.full((4,), 0.5, dtype=torch.bfloat16)
+    if way == "assign":
+        router.load_state_dict({"weight": router.weight.detach().bfloat16(), "bias": narrow}, assign=True)
+        assert router.bias.dtype == torch.float32
+    else:
+        router.bias = narrow
+    for _ in range(3):
+        router.update_bias(torch.tensor([1, 3, 3, 3]))
+    torch.testing.assert_close(router.bias, torch.tensor([0.503, 0.497, 0.497, 0.497]))
+
+
+class Half(nn.Module):
+    def forward(self, weight):
+        return weight / 2
+
+    def right_inverse(self, weight):
+        return weight * 2
+
+
+def test_the_original_of_a_parametrized_weight_is_drawn():
+    router = Router(hidden=8, num_experts=4, top_k=2)
+    want = router.weight.detach().clone()
+    parametrize.register_parametrization(router, "weight", Half())
+    with torch.no_grad():
+        router.parametrizations.weight.original.fill_(7.0)
+    router.reset_parameters()
+    assert torch.equal(router.parametrizations.weight.original, want)
+    router = parametrizations.weight_norm(Router(hidden=8, num_experts=4, top_k=2))
+    with pytest.raises(tokenferry.ConfigError, match="weight is no parameter any more, nor computed from one tensor"):
+        router.reset_parameters()
 
 
 def test_update_bias_balances_a_skewed_load():

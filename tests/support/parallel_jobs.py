@@ -151,7 +151,7 @@ def small_groups(rank: int, pg: dist.ProcessGroup) -> list[str]:
             assert torch.allclose(got, value, atol=1e-5), f"{name} is not that of the first of the ranks that hold it"
         parallelize(placed, replicate=False)
         parallelize(model, replicate=False)
-        assert [layer.same_experts for layer in model.moe] == [None, None]
+        assert [layer._same_experts for layer in model.moe] == [None, None]
     return messages
 
 
@@ -447,8 +447,9 @@ def second_derivative(model: nn.Module, loss: Tensor) -> Tensor:
     """Differentiate the square of a gradient, of an expert in the first layer, by one in the second."""
     named = {name.removeprefix("module."): p for name, p in model.named_parameters()}
     (first,) = torch.autograd.grad(loss, named["moe.0.experts.down"], create_graph=True)
-    local = first.to_local() if hasattr(first, "to_local") else first
-    (second,) = torch.autograd.grad(local.square().sum(), named["moe.1.experts.up"])
+    number = first.square().sum()
+    number = number.full_tensor() if hasattr(number, "full_tensor") else number
+    (second,) = torch.autograd.grad(number, named["moe.1.experts.up"])
     return whole(second)
 
 
@@ -461,7 +462,7 @@ def differentiated(rank: int, pg: dist.ProcessGroup, tool: str, expert_ranks: in
             second = second_derivative(model, loss_of(model, batch(rank, torch.float64, 5)))
         except RuntimeError as error:
             return str(error)
-        return second * (expert_ranks or pg.size())  # of the sum, not of the mean
+        return second
 
 
 def differentiated_alone(num_ranks: int) -> Tensor:

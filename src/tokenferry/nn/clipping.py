@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from tokenferry.errors import ArgumentError, ConfigError
 from tokenferry.nn.balance.placement import Placement
-from tokenferry.nn.balance.routing import PlacedRouter
 from tokenferry.nn.layer import MoELayer
 from tokenferry.nn.sharding import local_part, local_with_gradient
 
@@ -30,7 +29,8 @@ def clip_grad_norm_(
     parameters may be DTensors of any meshes and plain tensors at once, which torch's refuses.
 
     Contract:
-        Collective: over the meshes of all DTensors; call it on every rank, between backward and the step.
+        Collective: over the meshes of all DTensors; call it on every rank, between backward and the step. Never waits
+            for the device, unless ``error_if_nonfinite``.
         Gradients: those of replicated parameters have to be averaged over the ranks before, as always; those of
             replicas are equal, as `MoELayer` makes them.
 
@@ -42,12 +42,14 @@ def clip_grad_norm_(
         error_if_nonfinite: Whether a norm that is NaN or infinite raises.
 
     Returns:
-        Tensor: 0-dimensional, plain, the same on every rank.
+        Tensor: 0-dimensional, plain, on the device of the gradients, the same on every rank.
 
     Raises:
         ArgumentError: ``model`` is no module, ``norm_type`` is not above 0, or ``max_norm`` is below 0.
         ConfigError: a tool has sharded experts that have replicas otherwise than by ``Shard``.
-        RuntimeError: torch's, for a norm that is not finite, with ``error_if_nonfinite``. Nothing was scaled.
+        RuntimeError: torch's, for a norm that is not finite, with ``error_if_nonfinite``; or if a rank does not come
+            within the timeout of the process group of a mesh (NCCL's watchdog may end the process instead). Nothing was
+            scaled.
 
     Example:
         >>> import torch
@@ -83,11 +85,11 @@ def clip_grad_norm_(
 
 def _redundant_placements(model: nn.Module) -> dict[nn.Parameter, Placement]:
     """Return the parameters of experts of which some have replicas, with the placement of each."""
-    routers = {layer: layer.router for layer in model.modules() if isinstance(layer, MoELayer)}
+    routers = {layer: layer._placed for layer in model.modules() if isinstance(layer, MoELayer)}
     return {
         parameter: router._current()
         for layer, router in routers.items()
-        if isinstance(router, PlacedRouter) and router.is_redundant
+        if router is not None and router.is_redundant
         for parameter in layer.expert_parameters()
     }
 

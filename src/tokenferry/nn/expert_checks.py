@@ -60,10 +60,10 @@ def check_graph(result: Tensor, rows: Tensor, values: Sequence[Tensor]) -> None:
 
 @not_compiled  # torch 2.11 cannot compile what raises our errors
 def refuse_unequal(names: str) -> None:
-    """Raise ConfigError, since these parameters or buffers may differ between ranks that hold the same experts."""
+    """Raise ConfigError, since these parameters or buffers may differ between ranks or slots with the same experts."""
     raise ConfigError(
-        f"MoELayer: experts: {names} had no values when parallelize was told which ranks hold the same experts, and "
-        "may differ between them; call parallelize(model) again, now that there are some"
+        f"MoELayer: experts: {names} had no values when parallelize would have made the ranks and slots equal that "
+        "hold the same expert; call parallelize(model) again, now that there are some"
     )
 
 
@@ -136,9 +136,8 @@ def check_experts(group: ExpertGroup, experts: nn.Module) -> None:
         experts: Modules whose parameters are DTensors of all experts, or this rank's part of them.
     """
     check_wrappers(experts)
-    saved, names = set(experts.state_dict()), dict[nn.Parameter, str]()
+    names = dict[nn.Parameter, str]()
     for name, parameter in experts.named_parameters(remove_duplicate=False):
-        saved.discard(name)
         _check_plain(name, parameter)
         if names.setdefault(parameter, name) != name:
             raise ConfigError(
@@ -154,8 +153,10 @@ def check_experts(group: ExpertGroup, experts: nn.Module) -> None:
         if parameter.device.type not in ("meta", group.device.type):
             raise ConfigError(
                 f"MoELayer: experts: {name}: expected a parameter on {group.device} like the group, got "
-                f"{parameter.device}; call .to()"
+                f"{parameter.device}; call .to({str(group.device)!r})"
             )
+    known = {id(parameter) for parameter in names}  # not by name, which torch's wrappers change
+    saved = {name for name, value in experts.state_dict(keep_vars=True).items() if id(value) not in known}
     if saved:
         raise ConfigError(
             f"MoELayer: experts: expected no buffers in the state_dict, got {sorted(saved)}; of several ranks only "

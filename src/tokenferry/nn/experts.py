@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from tokenferry.api import ExpertGroup
 from tokenferry.errors import ConfigError
 from tokenferry.nn.grouped import Product, by_expert
-from tokenferry.nn.seeds import FIRST_EXPERT_STREAM, generator, normal
+from tokenferry.nn.seeds import FIRST_EXPERT_STREAM, drawn, drawn_or_none, generator, normal
 from tokenferry.nn.sharding import fill, local_part
+from tokenferry.nn.wrappers import unwrapped
 
 
 class SeededExperts(nn.Module):
@@ -52,15 +53,15 @@ class SeededExperts(nn.Module):
         Raises:
             ConfigError: a parameter is computed from several tensors, or is there no more. Nothing was drawn.
         """
-        weights = self._drawn_parameters()
+        weights = [drawn(self, weight) for weight in self.drawn]
         parts = [local_part(weight) for weight in weights]
         if parts[0].device.type == "meta":
             return
         size = len(self.numbers)
         if any(part.shape != (size, *weight.shape[1:]) for part, weight in zip(parts, weights, strict=True)):
             # A tool has sharded the experts of this rank, such as FSDP2 those of a group of one rank.
-            drawn = [list(self._draws(number, weights)) for number in self.numbers]
-            for weight, of_experts in zip(weights, zip(*drawn, strict=True), strict=True):
+            draws = [list(self._draws(number, weights)) for number in self.numbers]
+            for weight, of_experts in zip(weights, zip(*draws, strict=True), strict=True):
                 fill(weight, torch.stack(of_experts))
             return
         for i, number in enumerate(self.numbers):
@@ -74,31 +75,13 @@ class SeededExperts(nn.Module):
             inner, outer = weight.shape[1:]
             yield normal(draws, inner, outer) * inner**-0.5
 
-    def _drawn_names(self) -> dict[str, str | None]:
-        """Return what the parameters that `reset_parameters` draws are called now, in its order; None: none is left."""
-        own = {name for name, _ in self.named_parameters()}
-        return {
-            weight: next((name for name in (weight, f"parametrizations.{weight}.original") if name in own), None)
-            for weight in self.drawn
-        }
 
-    def _drawn_parameters(self) -> list[nn.Parameter]:
-        found = []
-        for weight, name in self._drawn_names().items():
-            if name is None:
-                raise ConfigError(
-                    f"{type(self).__name__}: reset_parameters: {weight} is no parameter any more, nor computed from "
-                    "one tensor alone; draw the experts first, and change what they are made of afterwards"
-                )
-            found.append(self.get_parameter(name))
-        return found
-
-
-def seeded_names(experts: nn.Module) -> tuple[str, ...]:
-    """Return the parameters that `SeededExperts.reset_parameters` draws alike on all ranks that hold an expert."""
-    if isinstance(experts, SeededExperts) and type(experts).reset_parameters is SeededExperts.reset_parameters:
-        return tuple(name for name in experts._drawn_names().values() if name is not None)
-    return ()
+def seeded_parameters(experts: nn.Module) -> set[nn.Parameter | None]:
+    """Return the parameters that `SeededExperts.reset_parameters` draws alike wherever an expert is."""
+    ours = unwrapped(experts)
+    if isinstance(ours, SeededExperts) and type(ours).reset_parameters is SeededExperts.reset_parameters:
+        return {drawn_or_none(ours, weight) for weight in ours.drawn}
+    return set()
 
 
 class SwiGLUExperts(SeededExperts):
@@ -140,7 +123,22 @@ class SwiGLUExperts(SeededExperts):
         self.fp8 = fp8
 
     def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        """Return ``[n, H]`` for rows ``[n, H]``, grouped by ``offsets`` ``[L + 1]``."""
+        """Return the output of each row's expert.
+
+        Contract: local; differentiable, in the rows and the parameters. See `by_expert` for when it waits for the
+            device.
+
+        Args:
+            rows: ``[n, H]``, grouped by expert, of the dtype of the parameters, unless under torch.autocast.
+            offsets: ``[L + 1]`` integers: the first row of each expert, then the end; rows from there on hold no data.
+
+        Returns:
+            Tensor: ``[n, H]``, the dtype of the products.
+
+        Raises:
+            ShapeError: ``offsets`` are not ``[L + 1]``; or a parameter is a DTensor instead of this rank's part.
+            RuntimeError: torch's, for rows of another width or dtype than the parameters.
+        """
         return by_expert(_swiglu, rows, offsets, self.gate, self.up, self.down, fp8=self.fp8)
 
 
@@ -181,7 +179,22 @@ class GELUExperts(SeededExperts):
         self.fp8 = fp8
 
     def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        """Return ``[n, H]`` for rows ``[n, H]``, grouped by ``offsets`` ``[L + 1]``."""
+        """Return the output of each row's expert.
+
+        Contract: local; differentiable, in the rows and the parameters. See `by_expert` for when it waits for the
+            device.
+
+        Args:
+            rows: ``[n, H]``, grouped by expert, of the dtype of the parameters, unless under torch.autocast.
+            offsets: ``[L + 1]`` integers: the first row of each expert, then the end; rows from there on hold no data.
+
+        Returns:
+            Tensor: ``[n, H]``, the dtype of the products.
+
+        Raises:
+            ShapeError: ``offsets`` are not ``[L + 1]``; or a parameter is a DTensor instead of this rank's part.
+            RuntimeError: torch's, for rows of another width or dtype than the parameters.
+        """
         return by_expert(_gelu, rows, offsets, self.up, self.down, fp8=self.fp8)
 
 

@@ -24,7 +24,14 @@ class GradScaler(torch.amp.GradScaler):
             parameters of the optimizer, and over those that hold the same experts, if `parallelize` was told. An
             infinity or NaN in a gradient of one rank makes all of them leave the step out, and `update` lowers the
             scale of all alike.
-        Gradients: those of replicated parameters have to be averaged over the ranks before, as always.
+        Gradients: those of replicated parameters have to be averaged over the ranks before, as always. They may be
+            float32 or bfloat16, since `unscale_` takes no float16, like torch's: keep parameters in float32, and let
+            torch.autocast, or FSDP2's ``MixedPrecisionPolicy``, compute in float16.
+
+    Raises:
+        ValueError: torch's, where gradients in float16 would have to be unscaled.
+        RuntimeError: torch's, by `unscale_`, if it was called before since `update`; or if a rank does not come within
+            the timeout of the process group (NCCL's watchdog may end the process instead).
     """
 
     def _unscale_grads_(
@@ -51,9 +58,9 @@ def _process_groups(parameters: list[Any]) -> list[dist.ProcessGroup]:
     """
     meshes = (p.device_mesh for p in parameters if hasattr(p, "device_mesh"))
     same = {
-        parameter: layer.same_experts.group
+        parameter: layer._same_experts.group
         for layer in layers()
-        if layer.same_experts is not None and layer.group.num_ranks > 1
+        if layer._same_experts is not None and layer.group.num_ranks > 1
         for parameter in layer.expert_parameters()
     }
     found = [group for mesh in meshes for group in mesh.get_all_groups()]

@@ -35,6 +35,7 @@ from tokenferry.nn.precision import NARROW, autocast_dtype
 from tokenferry.nn.recomputing import recomputing
 from tokenferry.nn.router import GroupLimit, Router
 from tokenferry.nn.sharding import SameExperts, averaged_gradient, expert_mesh, not_sharded, shard_parameters
+from tokenferry.nn.wrappers import place_inside, unwrapped
 from tokenferry.topology import most_nodes
 from tokenferry.types import Routing
 
@@ -89,11 +90,6 @@ class MoELayer(nn.Module):
         shared: The module for all tokens, or None.
         expert_counts: ``[L]`` int32: rows that this rank's experts received in the last forward, from all ranks; None
             before the first.
-        same_experts: Which ranks hold the same experts as this one, if `parallelize` was told: backward averages over
-            them.
-        told: Whether `parallelize` was told, be it that there are none.
-        unequal: Names of parameters of the experts that had no values when `parallelize` would have made them those of
-            the other ranks with the same experts: forward raises, unless it is without gradients.
 
     Raises:
         ConfigError: ``ffn_hidden`` or ``seed`` is out of range; not exactly one of ``ffn_hidden`` and ``experts`` is
@@ -141,17 +137,19 @@ class MoELayer(nn.Module):
                 router = Router(shape.hidden, shape.num_experts, shape.top_k, seed=seed)
         _check_router(group, router)
         self.router = router
-        if experts is None and isinstance(router, PlacedRouter):
+        if experts is None and self._placed is not None:
             self._draw_experts()
         self.shared = self.options.shared
         self._sharded = False
-        self.same_experts: SameExperts | None = None
-        self.told = False
-        self.unequal = ""
+        # What `parallelize` was told of the ranks that hold the same experts: backward averages over them.
+        self._same_experts: SameExperts | None = None
+        self._told = False  # be it that there are none
+        # Names of parameters that had no values to make equal where experts are the same: training raises.
+        self._unequal = ""
         self._checked = (0, False, "")  # the experts whose graph was looked at, and how they were
         mesh = expert_mesh(group)
         if mesh is not None:
-            self.place_experts(mesh)
+            self._place_experts(mesh)
         self.expert_counts: Tensor | None = None
         self._load: Tensor | None = None
         self._load_by: Placement | None = None
@@ -205,7 +203,8 @@ class MoELayer(nn.Module):
 
     def _computed(self, rows: Tensor, offsets: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         """Return what the experts make of their rows."""
-        names = list(parameters)
+        place = place_inside(self.experts)
+        names = [place + name for name in parameters]
 
         def compute(rows: Tensor, offsets: Tensor, *values: Tensor) -> Tensor:
             found: Tensor = torch.func.functional_call(
@@ -228,19 +227,19 @@ class MoELayer(nn.Module):
         """
         assert found.grad_fn is not None
         state = id(self.experts), self.experts.training, found.grad_fn.name()
-        redundant = isinstance(self.router, PlacedRouter) and self.router.is_redundant
-        if redundant or self._checked != state:
+        placed = self._placed
+        if (placed is not None and placed.is_redundant) or self._checked != state:
             check_graph(found, rows, values)
             self._checked = state
 
     def _cast(self, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the rows, and this rank's part of the experts' parameters, as they compute: under autocast, cast."""
         num_ranks = self.group.num_ranks
-        parts = self._local_experts()
+        parts, placed = self._local_experts(), self._placed
         # A placement that nobody asks for can change without compiling again.
-        if torch.is_grad_enabled() and isinstance(self.router, PlacedRouter) and self.router.is_redundant:
-            parts = share_gradients(self.group, self.router._current(), parts)
-        parts = {name: averaged_gradient(part, num_ranks, self.same_experts) for name, part in parts.items()}
+        if torch.is_grad_enabled() and placed is not None and placed.is_redundant:
+            parts = share_gradients(self.group, placed._current(), parts)
+        parts = {name: averaged_gradient(part, num_ranks, self._same_experts) for name, part in parts.items()}
         dtypes = {part.dtype for part in parts.values()} & {*NARROW, torch.float32, torch.float64}
         narrow = autocast_dtype(rows.device.type)
         if narrow is None and rows.dtype in NARROW and torch.float32 in dtypes:
@@ -252,15 +251,17 @@ class MoELayer(nn.Module):
             dtypes = {narrow if dtype in wide else dtype for dtype in dtypes}
         if dtypes and rows.dtype not in dtypes:
             expected = " or ".join(sorted(map(str, dtypes)))
-            raise ShapeError(f"MoELayer: x: expected {expected} like the experts, got {rows.dtype}; call .to()")
+            remedy = f"call .to({expected.split()[0]})"
+            raise ShapeError(f"MoELayer: x: expected {expected} like the experts, got {rows.dtype}; {remedy}")
         return rows, parts
 
     def _count(self, expert_counts: Tensor) -> None:
         self.expert_counts = expert_counts
         # No buffer: DistributedDataParallel would give every rank that of rank 0.
-        if self.training and self.has_bias and not recomputing():
-            if isinstance(self.router, PlacedRouter):
-                self._count_by(self.router._current())
+        if self.training and self._has_bias and not recomputing():
+            placed = self._placed
+            if placed is not None:
+                self._count_by(placed._current())
             elif self._load_by is not None:
                 self._count_by(None)
             self._load = expert_counts.long() if self._load is None else self._load + expert_counts
@@ -279,26 +280,30 @@ class MoELayer(nn.Module):
             self._load = None
 
     @property
-    def has_bias(self) -> bool:
-        """Whether `choice` is a `Router` with a bias, for `update_biases`."""
-        return isinstance(self.choice, Router) and self.choice.bias is not None
+    def _placed(self) -> PlacedRouter | None:
+        """The router, if it is a `PlacedRouter`."""
+        router = unwrapped(self.router)
+        return router if isinstance(router, PlacedRouter) else None
 
     @property
-    def held_experts(self) -> list[int]:
-        """``[L]``: the logical expert in each slot of this rank."""
-        return self._held(self.router._current() if isinstance(self.router, PlacedRouter) else None)
+    def _choice(self) -> Callable[[Tensor], Routing]:
+        """The router that chooses logical experts: `router`, or what a `PlacedRouter` wraps."""
+        placed = self._placed
+        choice: Callable[[Tensor], Routing] = unwrapped(self.router if placed is None else placed.router)
+        return choice
+
+    @property
+    def _has_bias(self) -> bool:
+        """Whether `_choice` is a `Router` with a bias, for `update_biases`."""
+        choice = self._choice
+        return isinstance(choice, Router) and choice.bias is not None
 
     def _held(self, placement: Placement | None) -> list[int]:
         first = self.group.rank * self.group.num_local_experts
         slots = list(range(first, first + self.group.num_local_experts))
         return slots if placement is None else placement.physical_to_logical[slots].tolist()
 
-    @property
-    def choice(self) -> Callable[[Tensor], Routing]:
-        """The router that chooses logical experts: `router`, or what a `PlacedRouter` wraps."""
-        return self.router.router if isinstance(self.router, PlacedRouter) else self.router
-
-    def take_loads(self) -> list[tuple[list[int], Tensor]]:
+    def _take_loads(self) -> list[tuple[list[int], Tensor]]:
         """Return and forget, for `update_biases`: logical experts of this rank, and ``[L]`` int64, their rows.
 
         One pair for each placement since the last call.
@@ -314,16 +319,18 @@ class MoELayer(nn.Module):
         those of `tokenferry.nn` are left alone.
         """
         self._draw_experts()
-        if isinstance(self.router, Router | PlacedRouter):
-            self.router.reset_parameters()
+        router = unwrapped(self.router)
+        if isinstance(router, Router | PlacedRouter):
+            router.reset_parameters()
 
     def _draw_experts(self) -> None:
-        if not isinstance(self.experts, SeededExperts):
+        experts, placed = unwrapped(self.experts), self._placed
+        if not isinstance(experts, SeededExperts):
             return
-        self.experts.numbers = self.held_experts  # so that replicas are equal
-        self.experts.reset_parameters()
+        experts.numbers = self._held(None if placed is None else placed._current())  # so that replicas are equal
+        experts.reset_parameters()
 
-    def place_experts(self, mesh: DeviceMesh, known: dict[nn.Parameter, nn.Parameter] | None = None) -> None:
+    def _place_experts(self, mesh: DeviceMesh, known: dict[nn.Parameter, nn.Parameter] | None = None) -> None:
         """Replace the parameters of the experts by DTensors over this mesh, whose ranks are those of the group. Local.
 
         For `parallelize`, which checks the ranks; ``known``: as `shard_parameters` takes it.
@@ -338,9 +345,9 @@ class MoELayer(nn.Module):
     def _local_experts(self) -> dict[str, Tensor]:
         """Return what this rank holds of the parameters of the experts."""
         check_wrappers(self.experts)
-        if self.unequal and torch.is_grad_enabled():
-            refuse_unequal(self.unequal)
-        weights: dict[str, Any] = dict(self.experts.named_parameters())
+        if self._unequal and torch.is_grad_enabled():
+            refuse_unequal(self._unequal)
+        weights: dict[str, Any] = dict(unwrapped(self.experts).named_parameters())  # some wrappers change the names
         if not self._sharded:
             return weights
         if not torch.compiler.is_compiling():
@@ -362,9 +369,10 @@ class MoELayer(nn.Module):
     def replicated_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of which every rank has a copy: average their gradients over the ranks.
 
-        Those of all experts are left out, also of a `MoELayer` inside of this one, such as a shared module.
+        Experts of which each rank of the group holds its own part are left out, also of a `MoELayer` inside of this
+        one, such as a shared module. Those of a group of one rank are copies like others if other ranks train.
         """
-        layers = [module for module in self.modules() if isinstance(module, MoELayer)]
+        layers = [module for module in self.modules() if isinstance(module, MoELayer) and module.group.num_ranks > 1]
         spread = {parameter for layer in layers for parameter in layer.expert_parameters()}
         return [parameter for parameter in self.parameters() if parameter not in spread]
 
@@ -421,33 +429,36 @@ def _experts(
         assert ffn_hidden is not None
         return SwiGLUExperts(group, ffn_hidden, seed=seed, dtype=dtype)
     if dtype is not None:
-        raise ConfigError(f"MoELayer: dtype={dtype} is that of experts that the layer makes; cast yours with .to()")
+        raise ConfigError(
+            f"MoELayer: dtype={dtype} is that of experts that the layer makes; cast yours: experts.to({dtype})"
+        )
     check_experts(group, experts)
     return experts
 
 
 def _check_router(group: ExpertGroup, router: Callable[[Tensor], Routing]) -> None:
     """Raise ConfigError if a `Router` has other sizes, or may choose experts on more nodes, than the group allows."""
-    shape, chooser = group.shape, router.router if isinstance(router, PlacedRouter) else router
+    shape, outer = group.shape, unwrapped(router)
+    chooser = unwrapped(outer.router) if isinstance(outer, PlacedRouter) else outer
     if not isinstance(chooser, Router):
         return
     wanted, whose = shape.num_experts, "the group"
-    if isinstance(router, PlacedRouter):
-        wanted, whose = router._current().num_experts, "the placement"
+    if isinstance(outer, PlacedRouter):
+        wanted, whose = outer._current().num_experts, "the placement"
     num_experts, hidden = chooser.weight.shape
     if (num_experts, hidden, chooser.top_k) != (wanted, shape.hidden, shape.top_k):
         raise ConfigError(
             f"MoELayer: router: it has num_experts={num_experts}, hidden={hidden} and top_k={chooser.top_k}; expected "
             f"{wanted}, as {whose} has, {shape.hidden} and {shape.top_k}"
         )
-    if shape.max_nodes is None or not isinstance(router, Router):
+    if shape.max_nodes is None or chooser is not outer:
         return
-    limit = GroupLimit(1, 1) if router.group_limit is None else router.group_limit
+    limit = GroupLimit(1, 1) if chooser.group_limit is None else chooser.group_limit
     nodes = group.topology.nodes
-    chosen = most_nodes(nodes, shape.num_experts, router.top_k, limit.num_groups, limit.top_groups)
+    chosen = most_nodes(nodes, shape.num_experts, chooser.top_k, limit.num_groups, limit.top_groups)
     if chosen > shape.max_nodes:
         raise ConfigError(
-            f"MoELayer: router: with group_limit={router.group_limit} it may choose experts on {chosen} of "
+            f"MoELayer: router: with group_limit={chooser.group_limit} it may choose experts on {chosen} of "
             f"{len(nodes)} nodes, and the group has max_nodes={shape.max_nodes}; let it use fewer groups, or make the "
             f"group with MoeShape(max_nodes={chosen})"
         )

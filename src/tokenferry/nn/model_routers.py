@@ -39,7 +39,7 @@ def auxiliary_losses(model: nn.Module) -> RouterLosses:
         raise ConfigError(
             "auxiliary_losses: model: expected a Router with RouterOptions(losses=True), found none; make one with it"
         )
-    choices = [layer.choice for layer in model.modules() if isinstance(layer, MoELayer)]
+    choices = [layer._choice for layer in model.modules() if isinstance(layer, MoELayer)]
     found = []
     for name, router in routers.items():
         if choices.count(router) > 1:
@@ -82,10 +82,13 @@ def update_biases(model: nn.Module, *, rate: float = 0.001) -> None:
     Raises:
         ConfigError: there is no such layer; or its router may be that of more ranks than those whose loads are added
             up: its group is smaller than the default process group, and `parallelize` was not told which ranks hold the
-            same experts, or was told fewer than those of DistributedDataParallel or FSDP2.
+            same experts, or was told fewer than those of DistributedDataParallel or FSDP2. No bias was changed.
+        RuntimeError: torch's, if a rank does not come within the timeout of the process group, which is not
+            ``timeout_s``; NCCL's watchdog may end the process instead. No bias of this rank was changed; its loads
+            since the last call are lost.
     """
     found = model.named_modules()
-    layers = {name: module for name, module in found if isinstance(module, MoELayer) and module.has_bias}
+    layers = {name: module for name, module in found if isinstance(module, MoELayer) and module._has_bias}
     if not layers:
         raise ConfigError(
             "update_biases: model: expected a MoELayer whose router has a bias, found none; make it with "
@@ -102,21 +105,20 @@ def update_biases(model: nn.Module, *, rate: float = 0.001) -> None:
             dist.all_reduce(flat, group=group)
         loads = flat.split([_bias(layer).numel() for layer in members])  # type: ignore[no-untyped-call]
         for layer, load in zip(members, loads, strict=True):
-            assert isinstance(layer.choice, Router)
-            totals[layer.choice] = load + totals.get(layer.choice, 0)
+            choice = _biased(layer)
+            totals[choice] = load + totals.get(choice, 0)
     for router, load in totals.items():  # one step each, also of a router that several layers share
         router.update_bias(load, rate=rate)
 
 
 def _check_counted(model: nn.Module, name: str, layer: MoELayer) -> None:
     """Raise ConfigError if more ranks may share the router of a layer than those whose loads are added up."""
-    assert isinstance(layer.choice, Router)
-    counted = layer.group.num_ranks * (1 if layer.same_experts is None else layer.same_experts.num)
-    mesh = getattr(layer.choice.weight, "device_mesh", None)  # of FSDP2
+    counted = layer.group.num_ranks * (1 if layer._same_experts is None else layer._same_experts.num)
+    mesh = getattr(_biased(layer).weight, "device_mesh", None)  # of FSDP2
     sharers = 1 if mesh is None else mesh.size()
     if isinstance(model, DistributedDataParallel):
         sharers = model.process_group.size()
-    if not layer.told and dist.is_initialized():
+    if not layer._told and dist.is_initialized():
         sharers = dist.get_world_size()
     if counted < sharers:
         raise ConfigError(
@@ -129,20 +131,26 @@ def _check_counted(model: nn.Module, name: str, layer: MoELayer) -> None:
 def _groups(layer: MoELayer) -> tuple[dist.ProcessGroup, ...]:
     """Return the process groups over which the loads of a layer are added up, one after the other."""
     groups = [] if layer.group.num_ranks == 1 else [layer.group.process_group]
-    if layer.same_experts is not None:
-        groups.append(layer.same_experts.group)
+    if layer._same_experts is not None:
+        groups.append(layer._same_experts.group)
     return tuple(group for group in groups if group is not None)
 
 
+def _biased(layer: MoELayer) -> Router:
+    choice = layer._choice
+    assert isinstance(choice, Router)
+    return choice
+
+
 def _bias(layer: MoELayer) -> Tensor:
-    assert isinstance(layer.choice, Router)
-    assert layer.choice.bias is not None
-    return layer.choice.bias
+    bias = _biased(layer).bias
+    assert bias is not None
+    return bias
 
 
 def _load(layer: MoELayer) -> Tensor:
     """Return ``[E]`` int64: the rows of this rank's experts since the last call, and 0 for all others."""
     load = torch.zeros(_bias(layer).shape, dtype=torch.int64, device=layer.group.device)
-    for held, mine in layer.take_loads():
+    for held, mine in layer._take_loads():
         load.index_add_(0, torch.tensor(held, dtype=torch.int64, device="cpu").to(load.device), mine)
     return load

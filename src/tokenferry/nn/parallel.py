@@ -8,11 +8,11 @@ import torch.distributed as dist
 from torch import nn
 
 from tokenferry.errors import ConfigError
-from tokenferry.nn.balance.routing import PlacedRouter
+from tokenferry.nn.balance.replicas import make_replicas_equal
 from tokenferry.nn.expert_checks import check_experts
-from tokenferry.nn.experts import seeded_names
+from tokenferry.nn.experts import seeded_parameters
 from tokenferry.nn.layer import MoELayer
-from tokenferry.nn.sharding import SameExperts, by_place, check_hooks
+from tokenferry.nn.sharding import SameExperts, by_place, check_hooks, local_part
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -42,10 +42,12 @@ def parallelize(
         fully_shard(model, mesh=mesh, ignored_params=experts)       # or DistributedDataParallel(model)
 
     Contract: local, without ``replicate``; with a mesh or a process group there collective over these ranks, which get
-    the experts of the first of them, with their buffers, as DistributedDataParallel does it with the rest. Replaces the
+    the experts of the first of them, with their buffers, as DistributedDataParallel does it with the rest. With a
+    `PlacedRouter` that has replicas collective over the group: all replicas of an expert become its first one, also of
+    parameters that were registered after the experts were drawn. Replaces the
     parameters if ``mesh`` is another than theirs: call it before the optimizer is made, and before hooks are
     registered, on every rank. Gradients and attributes of parameters are kept, and parameters that are one stay one.
-    What DistributedDataParallel was told to ignore before stays ignored. If it raises, nothing was changed.
+    What DistributedDataParallel was told to ignore before stays ignored. If it raises ConfigError, nothing was changed.
 
     It may be called again, also after the tool: then without ``replicate`` layers keep what they were told, and the
     ranks get the same experts again. Experts on the meta device need that if they are not ours, which are drawn alike
@@ -73,6 +75,8 @@ def parallelize(
             another device type than the group of one of them; ``replicate`` is missing, has more than one dimension,
             leaves this rank out, has other ranks of a layer's group, which hold other experts, or meets a
             `PlacedRouter`; or a parameter that is to be replaced has hooks.
+        RuntimeError: torch's, if one of the ranks of ``replicate`` does not come within the timeout of its process
+            group (NCCL's watchdog may end the process instead). Layers have been changed: make the model anew.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
     if not layers:
@@ -80,8 +84,8 @@ def parallelize(
     spread = {name: layer for name, layer in layers.items() if layer.group.num_ranks > 1}
     given = _same_experts(replicate)
     for name, layer in layers.items():
-        _check_told(name, layer, told=replicate is not None or layer.told)
-        same_experts = layer.same_experts if replicate is None else given
+        _check_told(name, layer, told=replicate is not None or layer._told)
+        same_experts = layer._same_experts if replicate is None else given
         if same_experts is not None:
             _check_same(same_experts, name, layer)
     for layer in spread.values():
@@ -92,13 +96,13 @@ def parallelize(
             check_hooks(f"parallelize: {name or 'model'!r}", layer.experts, mesh)
         known: dict[nn.Parameter, nn.Parameter] = {}
         for layer in spread.values():
-            layer.place_experts(mesh, known)
+            layer._place_experts(mesh, known)
     if replicate is not None:
         for layer in layers.values():
-            layer.same_experts, layer.told = given, True
+            layer._same_experts, layer._told = given, True
     experts = {parameter for layer in spread.values() for parameter in layer.expert_parameters()}
-    for layer in spread.values():
-        layer.unequal = ", ".join(_share(layer))
+    for layer in layers.values():
+        layer._unequal = ", ".join(_share(layer))
     # It asks by both kinds of names, which differ where torch's wrappers are.
     names = {
         name
@@ -115,17 +119,25 @@ def parallelize(
 
 
 def _share(layer: MoELayer) -> list[str]:
-    """Make the experts of ranks that hold the same ones equal; return those that have no values to share yet.
+    """Make the experts of ranks that hold the same ones equal, or replicas; return what has no values to share yet.
 
-    Ours are left out, which are drawn from one seed on all ranks when they get values.
+    Ours are left out, which are drawn from one seed on all ranks, and in all slots, when they get values.
     """
-    if layer.same_experts is None:
+    group, placed = layer.group, layer._placed
+    same_experts = layer._same_experts if group.num_ranks > 1 else None  # else tools copy or shard them
+    redundant = placed is not None and placed.is_redundant
+    if same_experts is None and not redundant:
         return []
-    drawn = seeded_names(layer.experts)
+    drawn = seeded_parameters(layer.experts)
     tensors = {**dict(layer.experts.named_parameters()), **dict(layer.experts.named_buffers())}
-    for tensor in tensors.values():
-        layer.same_experts.share(tensor, layer.group.device)
-    return [name for name, value in tensors.items() if value.is_meta and name not in drawn]
+    if same_experts is not None:
+        for tensor in tensors.values():
+            same_experts.share(tensor, group.device)
+    if placed is not None and redundant:
+        # What a tool has sharded, of a group of one rank, it has in other parts.
+        own = [tensor for tensor in tensors.values() if group.num_ranks > 1 or not hasattr(tensor, "device_mesh")]
+        make_replicas_equal(group, placed._current(), [local_part(tensor).detach() for tensor in own])
+    return [name for name, value in tensors.items() if value.is_meta and value not in drawn]
 
 
 def _check_told(name: str, layer: MoELayer, *, told: bool) -> None:
@@ -160,7 +172,7 @@ def _same_experts(replicate: DeviceMesh | dist.ProcessGroup | Literal[False] | N
 
 def _check_same(same_experts: SameExperts, name: str, layer: MoELayer) -> None:
     """Raise ConfigError if ranks with the same experts are said to be in the group of a layer, which spreads them."""
-    if isinstance(layer.router, PlacedRouter):
+    if layer._placed is not None:
         raise ConfigError(
             f"parallelize: replicate: {name or 'model'!r} has a PlacedRouter, and each group may place its experts "
             "elsewhere; use one group of all ranks"

@@ -16,7 +16,7 @@ from tokenferry.nn.losses import RouterLosses, load_balance_loss, z_loss
 from tokenferry.nn.options import RouterOptions
 from tokenferry.nn.precision import NARROW, product
 from tokenferry.nn.recomputing import recomputing
-from tokenferry.nn.seeds import ROUTER_STREAM, generator, normal
+from tokenferry.nn.seeds import ROUTER_STREAM, drawn, generator, normal
 from tokenferry.nn.sharding import fill
 from tokenferry.types import Routing
 
@@ -248,16 +248,32 @@ class Router(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the weight from the seed, and set the bias to 0: the router as it was made.
 
-        Contract: local, also if FSDP2 has sharded the weight.
+        Contract: local, also if FSDP2 has sharded the weight. If torch's ``parametrize`` computes it, the original is
+            drawn.
+
+        Raises:
+            ConfigError: the weight is computed from several tensors, or is there no more. Nothing was drawn.
         """
-        draws = generator("Router", self.seed, ROUTER_STREAM)
-        num_experts, hidden = self.weight.shape
-        fill(self.weight, normal(draws, num_experts, hidden) * hidden**-0.5)
+        weight, draws = drawn(self, "weight"), generator("Router", self.seed, ROUTER_STREAM)
+        num_experts, hidden = weight.shape
+        fill(weight, normal(draws, num_experts, hidden) * hidden**-0.5)
         if self.bias is not None:
             self.bias.zero_()
 
     def forward(self, x: Tensor) -> Routing:
-        """Route ``x`` ``[T, H]``; see `softmax_topk` and `group_limited_topk`."""
+        """Choose the experts of each token; see `softmax_topk` and `group_limited_topk`.
+
+        Contract: local; differentiable, by the weights of the routing. Sets ``losses`` and ``dropped``.
+
+        Args:
+            x: ``[T, H]`` of any dtype; float64 is computed in float64, all others in float32.
+
+        Returns:
+            Routing: ``topk_idx`` ``[T, K]`` int64, and ``topk_weights`` ``[T, K]`` float32.
+
+        Raises:
+            RuntimeError: torch's, for rows of another width than H, or on another device than the weight.
+        """
         rows = _wide(x)
         logits = product(rows, self.weight.to(rows.dtype).T)
         if self.group_limit is None:
@@ -296,6 +312,15 @@ class Router(nn.Module):
             self.bias = bias.to(self.bias.device, torch.float32)  # its steps would be lost
         return self
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - torch's
+        super()._load_from_state_dict(*args, **kwargs)
+        self._keep_wide()
+
+    def _keep_wide(self) -> None:
+        """Make the bias float32 if it has become narrower, as by ``load_state_dict(assign=True)``."""
+        if self.bias is not None and self.bias.dtype in NARROW:
+            self.bias = self.bias.float()
+
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy has: not the losses, since torch copies no tensor with a graph."""
         return {**self.__dict__, "losses": None}
@@ -328,6 +353,7 @@ class Router(nn.Module):
                 f"update_bias: expert_counts: expected [E] = {list(self.bias.shape)}, got {list(expert_counts.shape)}; "
                 "gather the counts of all ranks"
             )
+        self._keep_wide()
         counts = expert_counts.to(self.bias.device, torch.float64)
         self.bias += rate * torch.sign(counts.mean() - counts).to(self.bias.dtype)
 

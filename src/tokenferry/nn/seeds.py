@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenferry.errors import ConfigError
 
@@ -22,6 +22,27 @@ def generator(call: str, seed: int, stream: int) -> torch.Generator:
     if not 0 <= seed < _MAX_SEED:
         raise ConfigError(f"{call}: seed: expected 0 .. 2^40 - 1, got {seed}")
     return torch.Generator(device="cpu").manual_seed(seed * _STREAMS_PER_SEED + stream)
+
+
+def drawn(module: nn.Module, weight: str) -> nn.Parameter:
+    """Return what `reset_parameters` draws for a weight: itself, or the original of which ``parametrize`` computes it.
+
+    Raises:
+        ConfigError: the weight is computed from several tensors, or is there no more.
+    """
+    found = drawn_or_none(module, weight)
+    if found is None:
+        raise ConfigError(
+            f"{type(module).__name__}: reset_parameters: {weight} is no parameter any more, nor computed from one "
+            "tensor alone; draw the module first, and change what it is made of afterwards"
+        )
+    return found
+
+
+def drawn_or_none(module: nn.Module, weight: str) -> nn.Parameter | None:
+    """Return what `drawn` returns, or None where it raises."""
+    own = dict(module.named_parameters())
+    return own.get(weight, own.get(f"parametrizations.{weight}.original"))
 
 
 def normal(draws: torch.Generator, rows: int, columns: int) -> Tensor:

@@ -194,8 +194,18 @@ class _Context(Protocol):
     process_group: str | None
 
 
+def _mean(grad: Tensor, num_ranks: int, process_group: str | None) -> Tensor:
+    mean = grad / num_ranks
+    return mean if process_group is None else sum_over(mean, process_group)
+
+
 class _AveragedGradient(torch.autograd.Function):
-    """Divide the gradient by ``num_ranks``, and add up those of all ranks of ``process_group``, if there is one."""
+    """Divide the gradient by ``num_ranks``, and add up those of all ranks of ``process_group``, if there is one.
+
+    On one side of this function are the parameters of all ranks, of which gradients are those of the mean of the losses
+    of ranks; on the other side is what a rank computes, of which they are those of the sum. Gradients of gradients pass
+    it as well, and are of the same two kinds: so the derivative of `_Mean` is that of no division, but this function.
+    """
 
     generate_vmap_rule = True
 
@@ -209,7 +219,25 @@ class _AveragedGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None, None]:
-        mean = grad / ctx.num_ranks
-        if ctx.process_group is not None:
-            mean = sum_over(mean, ctx.process_group)
-        return mean, None, None
+        # Compilers know no gradients of gradients, and where nobody asks for them a function costs time.
+        mean = _Mean.apply if torch.is_grad_enabled() else _mean
+        return mean(grad, ctx.num_ranks, ctx.process_group), None, None
+
+
+class _Mean(torch.autograd.Function):
+    """The gradient of a parameter from what ranks have computed; a gradient of it comes back to each rank as it is."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad: Tensor, num_ranks: int, process_group: str | None) -> Tensor:
+        return _mean(grad, num_ranks, process_group)
+
+    @staticmethod
+    def setup_context(ctx: _Context, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.num_ranks, ctx.process_group = inputs
+
+    @staticmethod
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None, None]:
+        out: Tensor = _AveragedGradient.apply(grad, ctx.num_ranks, ctx.process_group)  # type: ignore[no-untyped-call]
+        return out, None, None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tokenferry.errors import ConfigError
 from tokenferry.nn.balance.routing import PlacedRouter
+from tokenferry.nn.wrappers import key_inside, unwrapped
 
 if TYPE_CHECKING:
     from tokenferry.nn.layer import MoELayer
@@ -21,7 +22,7 @@ def refuse_half_state(layer: MoELayer, state: dict[str, Any], prefix: str, *_: o
     ``load_state_dict``: nothing of the layer has been loaded when it raises. Experts on the meta device have no values
     that could be in the wrong slots.
     """
-    router, place = layer.router, f"{prefix}router._extra_state"
+    router, place = unwrapped(layer.router), f"{prefix}router.{key_inside(layer.router)}_extra_state"
     weights: dict[str, Any] = dict(layer.experts.named_parameters())
     begin, slots = f"{prefix}experts.", state.get(place)
     if any(key.startswith(begin) and key[len(begin) :] not in weights for key in state):
@@ -69,7 +70,7 @@ def _refuse_slots_without_router(layer: MoELayer, place: str, slots: Tensor | No
     """Raise ConfigError if the experts of a placed layer would come into one that sends tokens by their numbers."""
     if slots is None or not has_experts or slots.shape != (layer.group.shape.num_experts,) or slots.is_meta:
         return
-    if getattr(type(layer.router), "set_extra_state", None) not in (None, torch.nn.Module.set_extra_state):
+    if getattr(type(unwrapped(layer.router)), "set_extra_state", None) not in (None, torch.nn.Module.set_extra_state):
         return  # it is the router's own
     found = slots.tolist()
     if found != list(range(len(found))):

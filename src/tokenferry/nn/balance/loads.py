@@ -47,7 +47,7 @@ class ExpertLoads:
         """Count the rows of one call.
 
         Args:
-            expert_counts: ``[L]``: that of a `Dispatched`, or of a `MoELayer`.
+            expert_counts: ``[L]`` integers on the device of the group: those of a `Dispatched`, or of a `MoELayer`.
             layer: The layer that made the call.
 
         Raises:
@@ -62,13 +62,25 @@ class ExpertLoads:
         counts += expert_counts
 
     def stats(self, layer: int = 0) -> DecodeStats:
-        """Return counters for `ExpertGroup.decode_dispatch`, which adds to them by itself."""
+        """Return counters for `ExpertGroup.decode_dispatch`, which adds to them by itself.
+
+        Contract: local; never waits for the device. The counters are those of this object, not a copy.
+
+        Args:
+            layer: The layer that makes the calls.
+
+        Returns:
+            DecodeStats: ``received`` ``[L]`` int32 on the device of the group; ``wait_ns`` is None.
+
+        Raises:
+            IndexError: there is no such layer.
+        """
         return DecodeStats(received=self._counts[layer])
 
     def take(self, placement: Placement) -> Tensor:
         """Return what all ranks have counted for each logical expert, and start again from 0.
 
-        Contract: collective, over the process group of the group.
+        Contract: collective, one all-reduce over the process group of the group; waits for the device.
 
         Args:
             placement: The placement while the rows were counted, of one layer (then of all) or of each.
@@ -77,7 +89,9 @@ class ExpertLoads:
             Tensor: ``[layers, E]`` int64 on the CPU, the same on all ranks.
 
         Raises:
-            ShapeError: the placement has another number of slots, ranks or layers.
+            ShapeError: the placement has another number of slots, ranks or layers. The counters stay as they are.
+            RuntimeError: torch's, if a rank does not come within the timeout of the process group, which is not
+                ``timeout_s``; NCCL's watchdog may end the process instead. The counts of this rank are lost.
         """
         group, (num_layers, width) = self._group, self._counts.shape
         slots = placement.physical_to_logical

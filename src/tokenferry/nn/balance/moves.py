@@ -16,7 +16,6 @@ from tokenferry.api import ExpertGroup
 from tokenferry.errors import ArgumentError, ConfigError, ShapeError, TokenferryError
 from tokenferry.nn.balance.carrier import carried_on
 from tokenferry.nn.balance.placement import Placement
-from tokenferry.nn.balance.routing import PlacedRouter
 from tokenferry.nn.balance.sharers import check_sharers
 from tokenferry.nn.expert_checks import buffers_by_expert
 from tokenferry.nn.sharding import local_part
@@ -70,11 +69,14 @@ def rebalance(layer: MoELayer, placement: Placement, *, optimizer: torch.optim.O
             contiguous or on another device, or the optimizer lacks parameters of the experts, or keeps a state that
             does not belong to single experts.
         ArgumentError: ranks passed different placements, parameters or states. Nothing was moved.
+        RuntimeError: torch's, if a rank does not come within the timeout of the process group, which is not
+            ``timeout_s``; NCCL's watchdog may end the process instead. Experts may have been moved in part: load a
+            checkpoint.
     """
-    router = layer.router
-    if not isinstance(router, PlacedRouter):
+    router = layer._placed
+    if router is None:
         raise ConfigError(
-            f"rebalance: layer: expected a router that is a PlacedRouter, got {type(router).__name__}; pass "
+            f"rebalance: layer: expected a router that is a PlacedRouter, got {type(layer.router).__name__}; pass "
             "MoELayer(..., router=PlacedRouter(router, placement, group))"
         )
     old = router._current()
@@ -115,6 +117,7 @@ def move_experts(group: ExpertGroup, tensors: Sequence[Tensor], old: Placement, 
         ShapeError: a tensor is not contiguous, or has another number of rows.
         ConfigError: the placements do not fit each other or the group.
         ArgumentError: ranks passed different placements or tensors. Nothing was moved.
+        RuntimeError: a rank does not come, as in `rebalance`; tensors may have been changed in part.
     """
     _move(group, tensors, old, new, None)
 
@@ -137,7 +140,7 @@ def _move(
             del error  # as above
         moves = list(_moves(old, new, node_of_ranks(group.topology.nodes)))
         for part in parts:
-            _move_part(group, part, moves)
+            move_part(group, part, moves)
 
 
 def _buffers_of(layer: MoELayer) -> list[Tensor]:
@@ -238,7 +241,7 @@ def _moves(old: Placement, new: Placement, node_of_rank: Sequence[int]) -> Itera
         yield Move(source, target, source // width, receiver)
 
 
-def _move_part(group: ExpertGroup, part: Tensor, moves: Sequence[Move]) -> None:
+def move_part(group: ExpertGroup, part: Tensor, moves: Sequence[Move]) -> None:
     """Move the rows of one tensor. Rows are only written when all that is read here has been sent or copied."""
     rank, width = group.rank, part.shape[0]
     arriving = [m for m in moves if m.receiver == rank]

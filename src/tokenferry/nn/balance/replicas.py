@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tokenferry.api import ExpertGroup
-from tokenferry.nn.balance.moves import Move, exchanged
+from tokenferry.nn.balance.moves import Move, exchanged, move_part
 from tokenferry.nn.balance.placement import Placement
 
 
@@ -76,8 +77,7 @@ class _SharedGradients(torch.autograd.Function):
 
 def _sharing(placement: Placement, rank: int) -> _Sharing:
     width = placement.num_slots // placement.num_ranks
-    replicas = [[slot for slot in slots if slot >= 0] for slots in placement.logical_to_physical.tolist()]
-    replicas = [slots for slots in replicas if len(slots) > 1]
+    replicas = _replicas(placement)
     moves = [
         Move(source, target, source // width, target // width)
         for slots in replicas
@@ -97,6 +97,12 @@ def _sharing(placement: Placement, rank: int) -> _Sharing:
     return _Sharing([move for move in moves if move.sender == rank], arriving, terms)
 
 
+def _replicas(placement: Placement) -> list[list[int]]:
+    """Return the slots of each expert that has several."""
+    replicas = [[slot for slot in slots if slot >= 0] for slots in placement.logical_to_physical.tolist()]
+    return [slots for slots in replicas if len(slots) > 1]
+
+
 def _summed(group: ExpertGroup, grad: Tensor, sharing: _Sharing) -> Tensor:
     """Return gradients ``[L, ...]`` of which those of replicas are sums, added in float32 at least."""
     grad = grad.contiguous()
@@ -109,3 +115,26 @@ def _summed(group: ExpertGroup, grad: Tensor, sharing: _Sharing) -> Tensor:
             total += rows[place]
         out[slot] = total
     return out
+
+
+@torch.no_grad()
+def make_replicas_equal(group: ExpertGroup, placement: Placement, parts: Sequence[Tensor]) -> None:
+    """Give all slots of an expert what its first slot has.
+
+    Contract: collective, over the process group of the group, whose timeout applies.
+
+    Args:
+        group: The group with P experts.
+        placement: Where they are.
+        parts: What this rank has; those with values, and with its L experts as their first dimension, are changed.
+    """
+    width = group.num_local_experts
+    moves = [
+        Move(slots[0], slot, slots[0] // width, slot // width) for slots in _replicas(placement) for slot in slots[1:]
+    ]
+    for part in parts:
+        if not part.is_meta and part.shape[:1] == (width,):
+            rows = part.contiguous()
+            move_part(group, rows, moves)
+            if rows is not part:
+                part.copy_(rows)

@@ -13,6 +13,7 @@ from tokenferry.ambient import not_compiled
 from tokenferry.api import ExpertGroup
 from tokenferry.errors import ConfigError, ShapeError
 from tokenferry.nn.balance.placement import Placement
+from tokenferry.nn.wrappers import unwrapped
 from tokenferry.types import Routing
 
 _NUMBERS = 2
@@ -201,6 +202,13 @@ class PlacedRouter(nn.Module):
     def place(self, placement: Placement) -> None:
         """Send tokens by another placement from now on; the weights are not moved: see `rebalance`.
 
+        Contract: local; every rank does it between the same two calls. Nothing compares the placements of ranks: if
+            they differ, tokens reach other experts than those that were chosen. CUDA: waits for the device; graphs
+            follow it.
+
+        Args:
+            placement: Of one layer, with as many slots, experts and ranks as before; it is copied.
+
         Raises:
             ConfigError: the placement does not fit the group, or has another number of experts.
         """
@@ -225,17 +233,22 @@ class PlacedRouter(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the parameters of the router again, if it can do that. Local."""
-        if hasattr(self.router, "reset_parameters"):
-            self.router.reset_parameters()
+        router = unwrapped(self.router)
+        if hasattr(router, "reset_parameters"):
+            router.reset_parameters()
 
     def get_extra_state(self) -> Tensor:
         """Return ``physical_to_logical`` for the state dict."""
         return self._slots
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Use the placement of a state dict.
+        """Use the placement of a state dict. Local.
 
-        Where a full state has none, and need not, torch.distributed.checkpoint passes a mark of its own.
+        torch.distributed.checkpoint passes a mark of its own instead of a placement if a full state dict that it loads
+        has none. Then the placement stays as it is.
+
+        Raises:
+            ConfigError: the placement does not fit the group, or has another number of experts.
         """
         if type(state).__name__ == "_EXTRA_STATE":
             return

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tokenferry.errors import ConfigError
 from tokenferry.nn.expert_checks import buffers_by_expert
+from tokenferry.nn.wrappers import unwrapped
 
 if TYPE_CHECKING:
     from tokenferry.nn.layer import MoELayer
@@ -31,12 +32,12 @@ def check_sharers(layer: MoELayer) -> None:
 
     It has some of its experts and another router, or its router and other experts. One that has both goes along.
     """
-    mine = _moved(layer)
+    mine, router = _moved(layer), unwrapped(layer.router)
     for other in layers():
-        theirs = _moved(other)
-        wanted = mine | theirs if other.router is layer.router else set()
+        theirs, same_router = _moved(other), unwrapped(other.router) is router
+        wanted = mine | theirs if same_router else set()
         if other is not layer and mine & theirs != wanted:
-            shared, own = ("router", "experts") if other.router is layer.router else ("experts", "a router")
+            shared, own = ("router", "experts") if same_router else ("experts", "a router")
             raise ConfigError(
                 f"rebalance: layer: another MoELayer shares its {shared}, and would be wrong afterwards, since it has "
                 f"{own} of its own; let the layers share both, or neither"
