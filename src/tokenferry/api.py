@@ -755,9 +755,9 @@ class ExpertGroup(Connected):
         """End a call that ``error`` has ended; say so in our words if it means that a resource was refused."""
         if isinstance(error, TokenferryError):
             return
+        self._interruptible.interrupted(call, before, error)
         if isinstance(error, _MAY_BE_REFUSALS):
             self._raise_if_refused(call, error)
-        self._interruptible.interrupted(call, before, error)
 
     def _raise_if_refused(self, call: str, error: Exception, *, local: bool = False) -> None:
         refused = None if isinstance(error, TokenferryError) else self._backend.refused(call, error, local=local)

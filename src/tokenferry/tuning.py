@@ -77,7 +77,7 @@ RAIL_CHUNK_BYTES = 8 << 20
 for a chunk (an exchange and two launches). Shorter ones wait for the host. NVLink takes 25 us, and so does a GPU for a
 chunk by itself (H200)."""
 MOST_RAIL_CHUNKS = 8
-"""Most chunks between two nodes; so many hide all but a thousandth."""
+"""Most chunks between two nodes: of so many the shortest one is less than a thousandth of all."""
 RAIL_CHUNK_RATIO = 3
 """How many times as large a chunk between nodes is as the next smaller one. NVLink moves what comes from a node of
 eight over a card of 50 GB/s in a third of the time that the card takes."""
@@ -326,26 +326,23 @@ def tokens_for_node(shape: MoeShape, num_nodes: int) -> int:
 
     With `MoeShape.max_nodes` they are at most so many of the nodes.
     """
-    share = 1 - (1 - 1 / num_nodes) ** shape.top_k
-    if shape.max_nodes is not None:
-        share = min(share, shape.max_nodes / num_nodes)
-    return math.ceil(shape.max_tokens * share)
+    M, N, K = shape.max_tokens, num_nodes, shape.top_k
+    tokens = -(-M * (N**K - (N - 1) ** K) // N**K)  # integers: the same number on all machines
+    return tokens if shape.max_nodes is None else min(tokens, -(-M * shape.max_nodes // N))
 
 
 def rail_chunks(num_tokens: int, row_bytes: int, ranks_per_node: int) -> tuple[int, ...]:
-    """Return the first token of each chunk in which about so many tokens of a node cross, the largest one first. Pure.
+    """Return the first token of each chunk in which about so many tokens of a node cross, the shortest one first. Pure.
 
-    One chunk is passed on while the next one crosses. ``row_bytes``: of a row without its scales.
-
-    When the network is done the last chunk is left to pass on: each row goes to about two ranks of its node, or is
-    copied in a tenth of the time where a node has one rank. So the last one should be short, but each costs as much by
-    itself as NVLink takes for RAIL_CHUNK_BYTES. Each is a third of the one before, which is passed on meanwhile; the
-    best of such numbers of chunks is taken.
+    In a dispatch they cross in the reverse order: one is passed on while the next one crosses, and when the network is
+    done the shortest one is left. Each row goes to about two ranks of its node, or is copied in a tenth of the time
+    where a node has one rank. Each chunk costs as much by itself as NVLink takes for RAIL_CHUNK_BYTES, and is a third
+    of the next longer one, which is passed on meanwhile; the best of such numbers of chunks is taken. The longest one
+    also has what goes beyond ``num_tokens``. ``row_bytes``: of a row without its scales.
     """
     num, ratio = _num_rail_chunks(num_tokens, row_bytes, ranks_per_node), RAIL_CHUNK_RATIO
-    whole = ratio**num - 1  # the last chunk has ratio - 1 of so many parts
-    firsts = {round(num_tokens * (whole - ratio ** (num - i) + 1) / whole) for i in range(num)}
-    return tuple(sorted(first for first in firsts if first < num_tokens)) or (0,)
+    firsts = {round(num_tokens * (ratio**i - 1) / (ratio**num - 1)) for i in range(num)}
+    return tuple(sorted(firsts))
 
 
 def _num_rail_chunks(num_tokens: int, row_bytes: int, ranks_per_node: int) -> int:
@@ -372,8 +369,8 @@ def why_rail_chunks(num_tokens: int, row_bytes: int, ranks_per_node: int) -> str
     num = _num_rail_chunks(num_tokens, row_bytes, ranks_per_node)
     if _share(num, num + 1) * num_tokens * row_bytes < RAIL_CHUNK_BYTES:
         return (
-            f"if the largest had less than {RAIL_CHUNK_BYTES >> 20} MiB, it would cross faster than the host can start "
-            "the next"
+            f"with one more the longest would have less than {RAIL_CHUNK_BYTES >> 20} MiB, and cross faster than the "
+            "host can start the next"
         )
     return "one more would cost as much as it saves of the shortest one, which is passed on while no other crosses"
 

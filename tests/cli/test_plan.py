@@ -153,7 +153,9 @@ def test_no_limit_is_named_where_there_is_none(capsys):
     assert (
         "combine: 2 chunks for the first node, of about 591 tokens at most (8.47 MB), 2 with rows: 8 exchanges" in out
     )
-    assert "if the largest had less than 8 MiB, it would cross faster than the host can start the next" in out
+    assert (
+        "with one more the longest would have less than 8 MiB, and cross faster than the host can start the next" in out
+    )
 
 
 def test_skewed_routing(capsys):

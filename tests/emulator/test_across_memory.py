@@ -114,12 +114,13 @@ def without_memory_of_torch(rank: int, threads: None, pair: EmulatedPair, name: 
         x, routing = torch.ones(8, 64), Routing(torch.arange(16).view(8, 2) % shape.num_experts, torch.ones(8, 2))
         plan = group.dispatch(x, routing).plan
         y, context = torch.ones(plan.num_received, 64), group._backend.context
-        decoded = group.decode_dispatch(x, routing)
+        decoded, bounded = group.decode_dispatch(x, routing), DispatchOptions(counts="device", capacity=60)
         call = {
             "dispatch": lambda: group.dispatch(x, routing).x.sum(),
             "dispatch, device": lambda: (
                 group.dispatch(x, routing, options=DispatchOptions(counts="device")).plan.src_counts
             ),
+            "dispatch, capacity": lambda: group.dispatch(x, routing, options=bounded).plan.src_counts,
             "redispatch": lambda: group.redispatch(x, plan).x.sum(),
             "combine": lambda: group.combine(y, plan).x,
             "decode_dispatch": lambda: group.decode_dispatch(x, routing).expert_counts,
@@ -145,7 +146,7 @@ def without_memory_of_torch(rank: int, threads: None, pair: EmulatedPair, name: 
 @pytest.mark.parametrize(
     ("name", "num"),
     [
-        ("dispatch", 3), ("dispatch, device", 4), ("redispatch", 1), ("combine", 2),
+        ("dispatch", 3), ("dispatch, device", 4), ("dispatch, capacity", 4), ("redispatch", 1), ("combine", 2),
         ("decode_dispatch", 3), ("decode_combine", 2), ("decode_combine, fast", 2),
     ],
 )  # fmt: skip

@@ -164,6 +164,18 @@ def test_memory_of_rows_across_is_that_of_the_calls(nodes, most, rows):
     assert throughput_memory(case, RankRows()).fixed_network_bytes == max(dispatch, combine)
 
 
+@pytest.mark.parametrize("nodes", [2, 8])
+@pytest.mark.parametrize("count", [700, 2048, 4096])
+def test_a_dispatch_ends_with_a_short_chunk_and_a_combine_begins_with_it(nodes, count):
+    """However many tokens there are: what crosses last is left to pass on, and what crosses first is added up first."""
+    case = Case(Cluster(nodes, 8), V3, rows="bf16")
+    short = tuning.tokens_for_node(V3, nodes) // 13 + 1
+    for call, at in (("dispatch", -1), ("combine", 0)):
+        swaps = swaps_of(call, case, count)
+        assert 0 < swaps[at].send.num <= short
+        assert sum(swap.send.num for swap in swaps) == count * (nodes - 1)
+
+
 def test_the_busier_direction_of_the_busiest_rank_counts():
     case = Case(Cluster(2, 2), MoeShape(4, 1, 512, 8), rows="bf16")
     quiet, busy = RankRows(1, 2, 1, 1, 1, 1, 1), RankRows(1, 50, 3, 4, 5, 60, 70)

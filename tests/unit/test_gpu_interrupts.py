@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ import torch
 import tokenferry
 from support.silent_kernels import SilentGroup
 from support.silent_nodes import SilentNodes
-from tokenferry import ExpertGroup, MoeShape, Routing
+from tokenferry import ExpertGroup, MoeShape, ResourceError, Routing
 
 SOURCES = str(Path(tokenferry.__file__).parent)
 T, H, SHAPE = 4, 16, MoeShape(4, 2, 16, 8)
@@ -33,8 +34,10 @@ def is_finalizer(frame: FrameType | None) -> bool:
 
 
 @contextmanager
-def interrupted_at(line: int, num_sent: Callable[[], int]) -> Iterator[list[str]]:
-    """Raise KeyboardInterrupt before the n-th line behind the first launch; yields a list: empty, or where that was."""
+def interrupted_at(
+    line: int, num_sent: Callable[[], int], error: type[BaseException] = KeyboardInterrupt
+) -> Iterator[list[str]]:
+    """Raise an error before the n-th line behind the first launch; yields a list: empty, or where that was."""
     left, happened, before = [line], list[str](), num_sent()
 
     def trace(frame: FrameType, event: str, _arg: object) -> Any:
@@ -44,7 +47,7 @@ def interrupted_at(line: int, num_sent: Callable[[], int]) -> Iterator[list[str]
             left[0] -= 1
             if left[0] <= 0 and not is_finalizer(frame):
                 happened.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
-                raise KeyboardInterrupt
+                raise error
         return trace
 
     outer = sys.gettrace()
@@ -104,6 +107,26 @@ def test_an_interrupt_of_a_call_that_has_sent_breaks_the_group(of, fast_path, st
                 num_lines += 1
     assert went_on == []
     assert num_lines > 40
+
+
+@pytest.mark.parametrize("name", ["dispatch", "decode_dispatch"])
+def test_memory_that_is_refused_behind_the_launches_breaks_the_group(name):
+    silent = SilentGroup(SHAPE)
+    with SilentGroup.workspaces_agree():
+        call = call_of(silent.group, name)
+        with interrupted_at(3, lambda: len(silent.launches), MemoryError), pytest.raises(ResourceError) as caught:
+            call()
+    assert "(the group is broken)" in str(caught.value)
+
+
+def test_an_interrupt_of_a_capture_breaks_nothing():
+    """What a graph has captured of a call was not sent."""
+    silent = SilentGroup(SHAPE)
+    call, streams = call_of(silent.group, "redispatch"), silent.group._backend.context._streams
+    captured = mock.patch.multiple(streams, capture=lambda _: 7, eager=lambda: None)
+    with captured, interrupted_at(1, lambda: len(silent.launches)), pytest.raises(KeyboardInterrupt):
+        call()
+    call()
 
 
 def test_a_refused_call_breaks_nothing():

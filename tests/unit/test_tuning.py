@@ -235,24 +235,24 @@ def test_rows_between_nodes_cross_in_chunks_that_are_large_enough():
     assert tuning.rail_chunks(0, 7168, 8) == (0,)
     assert tuning.rail_chunks(128, 14336, 8) == (0,)
     assert tuning.rail_chunks(780, 14336, 8) == (0,), "three quarters are less than 8 MiB"
-    assert tuning.rail_chunks(781, 14336, 8) == (0, 586), "3 to 1"
+    assert tuning.rail_chunks(781, 14336, 8) == (0, 195), "1 to 3"
     assert tuning.rail_chunks(1300, 7168, 8) == (0,)
-    assert tuning.rail_chunks(4095, 14336, 8) == (0, 2835, 3780), "9 to 3 to 1"
-    assert tuning.rail_chunks(8192, 14336, 8) == (0, 5530, 7373, 7987), "27 to 9 to 3 to 1"
-    assert tuning.rail_chunks(4096, 14336, 1) == (0, 3072), "one rank has nothing to send inside of its node"
+    assert tuning.rail_chunks(4095, 14336, 8) == (0, 315, 1260), "1 to 3 to 9"
+    assert tuning.rail_chunks(8192, 14336, 8) == (0, 205, 819, 2662), "1 to 3 to 9 to 27"
+    assert tuning.rail_chunks(4096, 14336, 1) == (0, 1024), "one rank has nothing to send inside of its node"
     assert len(tuning.rail_chunks(1 << 30, 1 << 30, 8)) == tuning.MOST_RAIL_CHUNKS
-    assert tuning.rail_chunks(3, 1 << 30, 8) == (0, 2), "none is empty"
+    assert tuning.rail_chunks(3, 1 << 30, 8) == (0, 1), "none is empty"
     assert tuning.MOST_RAIL_CHUNKS <= RAIL_CHUNKS, "kernels have room for so many"
     assert tuning.why_rail_chunks(4096, 14336, 8).startswith("one more would cost as much as it saves")
-    assert tuning.why_rail_chunks(300, 14336, 8).startswith("if the largest had less than 8 MiB")
+    assert tuning.why_rail_chunks(300, 14336, 8).startswith("with one more the longest would have less than 8 MiB")
 
 
 @given(st.integers(0, 100_000), st.integers(1, 1 << 20), st.integers(1, 8))
-def test_chunks_between_nodes_become_shorter(num_tokens, row_bytes, ranks_per_node):
+def test_chunks_between_nodes_become_longer(num_tokens, row_bytes, ranks_per_node):
     firsts = tuning.rail_chunks(num_tokens, row_bytes, ranks_per_node)
     sizes = [end - first for first, end in itertools.pairwise([*firsts, num_tokens])]
     assert firsts[0] == 0
-    assert sizes == sorted(sizes, reverse=True)
+    assert sizes == sorted(sizes)
     assert num_tokens == 0 or min(sizes) > 0
 
 

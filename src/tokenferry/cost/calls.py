@@ -276,17 +276,12 @@ def _crossing(call: CallName, case: Case, load: _Load) -> _Crossing:
     data_bytes = case.dispatch_data_bytes if call == "dispatch" else case.combine_row_bytes
     expected = tuning.tokens_for_node(case.group_shape, num_nodes)
     firsts = list(tuning.rail_chunks(expected, data_bytes, case.cluster.ranks_per_node))
-    sizes = [after - first for first, after in itertools.pairwise([*firsts, expected])]
-    if call == "combine":
-        firsts = [0, *(expected - first for first in firsts[:0:-1])]
     rows = max(load.network_out, load.network_in) / load.row_bytes / peers
     used = [first for first in firsts if first < rows] or [0]
     tokens = [after - first for first, after in itertools.pairwise([*used, rows])]
-    cut = [num / rows / peers for num in tokens] if rows else [1 / peers]
-    if call == "combine":
-        cut.reverse()
+    cut = [num / rows / peers for num in reversed(tokens)] if rows else [1 / peers]
     last = 1 - used[-1] / case.shape.max_tokens if peers == 1 else 1.0
-    return _Crossing(len(firsts), max(sizes), (*[1 / peers] * (peers - 1), *cut), last)
+    return _Crossing(len(firsts), expected - firsts[-1], (*[1 / peers] * (peers - 1), *cut), last)
 
 
 def _call_cost(call: CallName, load: _Load, routing_bytes: float, crossing: _Crossing, times: Times) -> CallCost:

@@ -154,6 +154,7 @@ class Context:
         self._streams = runtime.streams
         self.all_ranks = (1 << self.num_ranks) - 1
         self.latest_call = 0
+        self._capturing = False  # whether that was in the capture of a CUDA graph
         self._last: dict[int, int] = {}  # stream of the last call, by capture (0: none)
         self._peers = Peers()
         self._told_peers = False  # that this group has ended
@@ -180,9 +181,10 @@ class Context:
         """
         stream, capture = self._order(signature.phase)
         number = self.latest_call = self.latest_call % 0xFFFFFFFF + 1
+        capturing = self._capturing = capture != 0
         self.flight_recorder.note(number, signature)
         alive = self._not_masked() if skip_masked else self.all_ranks
-        return Call(number, stream, capture != 0, alive, signature, wait_ns, skip_masked)
+        return Call(number, stream, capturing, alive, signature, wait_ns, skip_masked)
 
     def begin_eager(self, signature: Signature, wait_ns: int = 0, *, skip_masked: bool = False) -> Call | None:
         """Begin a call as `begin` does if nothing has to be done for it but to number it; else return None.
@@ -194,6 +196,7 @@ class Context:
         if stream is None or self._last.get(0) != stream or self.pinned.words[0] or self.broken:
             return None
         number = self.latest_call = self.latest_call % 0xFFFFFFFF + 1
+        self._capturing = False
         self.flight_recorder.note(number, signature)
         alive = self._not_masked() if skip_masked else self.all_ranks
         return Call(number, stream, False, alive, signature, wait_ns, skip_masked)
@@ -314,10 +317,12 @@ class Context:
     def interrupted(self, _call: str, before: int, error: BaseException) -> None:
         """See `tokenferry.backends.base.Interruptible`.
 
-        A call that finds no memory has sent nothing, or broken the group itself.
+        A call in the capture of a CUDA graph has sent nothing, and one for which torch has no memory neither, or it has
+        broken the group itself.
         """
-        if self.latest_call != before and not self.broken and not isinstance(error, torch.OutOfMemoryError):
-            self.break_off(error)
+        if self.latest_call == before or self.broken or self._capturing or isinstance(error, torch.OutOfMemoryError):
+            return
+        self.break_off(error)
 
     def wait_for_counts(self, call: Call, *, may_overflow: bool = False) -> bool:
         """Wait until the counts of a dispatch are in pinned memory; other threads run meanwhile.

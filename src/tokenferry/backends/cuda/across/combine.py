@@ -114,7 +114,7 @@ class AcrossCombiner:
             p.chunks, p.cut_node, p.pitch = chunks.num, chunks.source, widths.pitch
             p.chunk_first[:] = chunks.table
             sms = num_sms or context.num_sms
-            if chunks.num > 1:  # one crosses while another is added up
+            if chunks.num > 1 and self._num_nodes == 2:  # one crosses while another is added up
                 sms = beside_nccl(context, sms)
             found = self._forms[key] = AcrossCombineForm(inside.signature, inside, template, chunks, sms, widths)
         return found
@@ -148,6 +148,9 @@ class AcrossCombiner:
             out = empty((num_tokens, inside.columns), (inside.columns, 1), inside.dtype)
         if weights is not None:
             weights_out = empty((num_tokens, inside.top_k), (inside.top_k, 1), torch.float32)
+        if not swaps[0].whole:
+            no_counts = crossing.no_counts(src_counts)
+            along = along._replace(no_counts=no_counts.data_ptr())
         with self._breaking_off:  # peers wait for this rank
             # Sums go back where tokens came from.
             opening = crossing.announce(call, words, form.chunks, along.came, along.went, src_counts)
@@ -173,9 +176,6 @@ class AcrossCombiner:
         transfers: Transfers = {}
         first: Opening | None = opening
         others, weight_bytes = sums_at + along.relay.first_in[-1] * form.widths.pitch, form.widths.weights
-        if not swaps[0].whole:
-            no_counts = crossing.no_counts(opening.src_counts)
-            along = along._replace(no_counts=no_counts.data_ptr())
         for swap in swaps:
             chunk = swap.send
             if swap.used:  # else no rank of this node has tokens in it

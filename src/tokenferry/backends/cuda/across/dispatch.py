@@ -220,7 +220,7 @@ class AcrossDispatcher:
                 if rows.chunks.num > 1 and relay.most > rows.chunks.firsts[1]:  # ranks of this node pass on several
                     swaps = relay.swaps(steps, rows.chunks, rows.widths, back=False)
             assert swaps is not None
-            passing = passing or self._begin_rows(rows, begun, relay, swaps, out)
+            passing = passing or self._begin_rows(rows, begun, relay, swaps, out, into)
             result, recv = received or self._recv(form, call, plan, relay, counts)
             self._move(rows, call, plan._along, swaps, passing, recv, routed)
             if rows.expand is not None or result.leaves_block:
@@ -241,7 +241,7 @@ class AcrossDispatcher:
     ) -> Passing:
         """Begin to send the rows that go to other nodes, and to receive theirs; ``into``: made here where it is None.
 
-        How many come is known when others have sent their routing: who has no memory for them breaks the group.
+        How many come is known when others have sent their routing: a rank without memory for them breaks the group.
         """
         if into is None:
             into = self._context.empty((relay.first_in[-1] * form.widths.pitch,), (1,), torch.uint8)
@@ -348,6 +348,9 @@ class AcrossDispatcher:
         # Memory is taken before anything is sent: if there is none, the group is still whole.
         result, recv = self._recv_rows(form, call, plan)
         words, out_at = crossing.new_words(form.chunks.num, (num_out + num_in) * pitch)
+        if not swaps[-1].whole:
+            no_counts = crossing.no_counts(along.whole.src_counts)
+            along = along._replace(no_counts=address(no_counts))
         with self._breaking_off:  # peers wait for this rank
             opening = crossing.announce(call, words, form.chunks, along.went, along.came, along.whole.src_counts)
             into_at = out_at + num_out * pitch
@@ -405,7 +408,7 @@ class AcrossDispatcher:
             opening.transfer.join()
             crossing.confirm(call, opening)
             opening = None
-        if not swaps[-1].whole:
+        if not swaps[-1].whole and not along.no_counts:
             no_counts = crossing.no_counts(src_counts)
             along = along._replace(no_counts=address(no_counts))
         for swap in swaps:

@@ -76,7 +76,8 @@ class Chunks:
     @classmethod
     def new(cls, step: Step, firsts: tuple[int, ...]) -> Chunks:
         """Return the chunks of a step, whose first tokens are given."""
-        return cls(*step, firsts, (firsts + (0,) * RAIL_CHUNKS)[:RAIL_CHUNKS], len(firsts))
+        assert len(firsts) <= RAIL_CHUNKS
+        return cls(*step, firsts, firsts + (0,) * (RAIL_CHUNKS - len(firsts)), len(firsts))
 
     @classmethod
     def of(cls, steps: Sequence[Step], expected: Expected, row_bytes: int, *, back: bool) -> Chunks:
@@ -86,9 +87,7 @@ class Chunks:
         the first step begins with them.
         """
         firsts = tuning.rail_chunks(expected.tokens, row_bytes, expected.ranks_per_node)
-        if not back:
-            return cls.new(steps[-1], firsts)
-        return cls.new(steps[0], (0, *(expected.tokens - first for first in firsts[:0:-1])))
+        return cls.new(steps[0 if back else -1], firsts)
 
 
 class Expected(NamedTuple):

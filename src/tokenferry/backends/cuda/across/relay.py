@@ -61,7 +61,7 @@ class Relay(NamedTuple):
             steps: The steps.
             chunks: In which chunks rows of one step cross.
             widths: Bytes of what crosses.
-            back: Whether sums go back where tokens came from.
+            back: Whether sums go back where tokens came from, and short chunks go first; else they go last.
         """
         goes, comes, goes_at, comes_at = self.went, self.came, self.first_out, self.first_in
         if back:
@@ -70,10 +70,12 @@ class Relay(NamedTuple):
         for to, source in steps:
             num_out, num_in, firsts = goes[to], comes[source], chunks.firsts if to == chunks.to else (0,)
             is_whole = len(firsts) == 1 or self.most <= firsts[1]
-            for i, first in enumerate(firsts):
+            numbers = range(len(firsts))
+            for i in numbers if back else reversed(numbers):
+                first = firsts[i]
                 used = i == 0 or first < self.most
                 if not used and first >= num_out and first >= num_in:
-                    break
+                    continue
                 to_end, from_end = num_out, num_in
                 if i + 1 < len(firsts):
                     to_end, from_end = min(num_out, firsts[i + 1]), min(num_in, firsts[i + 1])
