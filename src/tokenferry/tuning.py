@@ -327,7 +327,7 @@ def tokens_for_node(shape: MoeShape, num_nodes: int) -> int:
     With `MoeShape.max_nodes` they are at most so many of the nodes.
     """
     M, N, K = shape.max_tokens, num_nodes, shape.top_k
-    tokens = -(-M * (N**K - (N - 1) ** K) // N**K)  # integers: the same number on all machines
+    tokens: int = -(-M * (N**K - (N - 1) ** K) // N**K)  # integers: the same number on all machines
     return tokens if shape.max_nodes is None else min(tokens, -(-M * shape.max_nodes // N))
 
 
