@@ -51,7 +51,7 @@ ONE_RANK = (
     "test_node_kernels.py::test_routing_for_each_node_in_the_room_of_all_tokens[200]",
     "test_node_kernels.py::test_what_comes_from_other_nodes[0-140-int64]",
     "test_node_kernels.py::test_what_comes_from_other_nodes[0-0-int32]",
-    "test_node_kernels.py::test_parcels_for_other_nodes[2064-scale_dtype2-3-columns-chunks1]",
+    "test_node_kernels.py::test_parcels_for_other_nodes[2064-scale_dtype2-3-columns-cut1]",
     "test_node_kernels.py::test_sums_at_home[torch.bfloat16-1]",
     "test_node_kernels.py::test_other_calls_on_other_nodes[True-0]",
     "test_node_kernels.py::test_the_state_of_a_chunk[7]",
