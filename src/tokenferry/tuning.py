@@ -326,7 +326,8 @@ def tokens_for_node(shape: MoeShape, num_nodes: int) -> int:
 
     With `MoeShape.max_nodes` they are at most so many of the nodes.
     """
-    M, N, K = shape.max_tokens, num_nodes, shape.top_k
+    M, N = shape.max_tokens, num_nodes
+    K = min(shape.top_k, 64 * N)  # with more all but one of 10^27 tokens go there, and numbers become large
     tokens: int = -(-M * (N**K - (N - 1) ** K) // N**K)  # integers: the same number on all machines
     return tokens if shape.max_nodes is None else min(tokens, -(-M * shape.max_nodes // N))
 

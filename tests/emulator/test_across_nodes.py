@@ -300,6 +300,24 @@ def test_chunks_in_which_no_rank_has_tokens_are_passed_over(run, monkeypatch, to
     assert launches.count("combine_push") == own + 4 * chunks
 
 
+def uneven(rank: int, pg: None, pair: EmulatedPair) -> None:
+    """Rank 3 has many tokens, for its own node; ranks 0 and 2 exchange a few."""
+    with pair.open(pg, MoeShape(4, 2, 16, 1024), timeout_s=LOSS_S) as group:
+        tokens = (20, 0, 20, 1000)[rank]
+        index = torch.tensor([[2, 3] if rank == 3 else [0, 2]]).expand(tokens, 2).contiguous()
+        x = torch.arange(tokens * 16, dtype=torch.float32).view(tokens, 16) + rank
+        sent = group.dispatch(x, Routing(index))
+        again = group.redispatch(x, sent.plan)
+        assert torch.equal(again.x, sent.x)
+        assert torch.equal(group.combine(again.x, sent.plan).x, 2 * x)
+
+
+def test_headers_go_with_the_same_rows_on_both_nodes(run, monkeypatch):
+    """Though one node has more tokens than the other one, and looks at more chunks."""
+    monkeypatch.setattr(tuning, "rail_chunks", lambda *_: (0, 200, 400))
+    run(4, uneven, ranks_per_node=2)
+
+
 # ---------------------------------------------------------------------- what crosses
 
 

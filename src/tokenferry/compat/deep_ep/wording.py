@@ -16,7 +16,8 @@ _LOCAL = re.compile(r"^(?:MoeShape|for_shape|mask|synchronize|ExpertGroup): ")
 _ARGUMENT = re.compile(r"[a-z_]+(?:\.[a-z_]+)?(?:\[\d\])?(?=: | is |=)|[a-z_]+(?=\[)")
 _SET_BY = re.compile(r"(\w+)=(\d+) was set by (the plan(?: \(R \* M\))?|the group|[\w.]+(?:\[\d\])?)")
 _DIFFERS = re.compile(
-    r"made different calls: (.+?) is (.+?) on rank (\d+) and (.+?) on rank (\d+); it has to be the same on all ranks"
+    r"made different calls: (.{1,99}?) is (.{1,60}?) on rank (\d+) and (.{1,60}?) on rank (\d+); it has to be the same on "
+    r"all ranks"
 )
 _CALLED = re.compile(rf"rank (\d+) called ({_NATIVE}|capacity_check); call the same")
 _TERM = re.compile(r"^ExpertGroup: (.+) differs between ranks \((.+)\); give")
@@ -116,6 +117,8 @@ class Wording:
         Raises:
             ShapeError: instead, if a tensor has no columns.
         """
+        if not error.args:
+            return
         text = str(error.args[0])
         empty = _NO_COLUMNS.match(text)
         if empty:
@@ -186,6 +189,8 @@ class Wording:
 
 def put_term(error: TokenferryError, owner: str, names: Mapping[str, Field]) -> None:
     """Change the message of an error of the constructor of a group, whose owner has arguments of other names."""
+    if not error.args:
+        return
     text = str(error.args[0])
     term = _TERM.match(text)
     if term and term[1] in names:

@@ -207,7 +207,8 @@ class Crossing:
             send_at: Where the parcels for all other nodes begin.
             recv_at: Where those from there do.
             kept: Keeps the memory, besides that of ``words``.
-            opening: What the call says first, along with the first of these chunks; None: it has.
+            opening: What the call says first, along with the first of these chunks that is not empty, or with number 0:
+                the same one on both ranks. None: it has.
 
         Returns:
             dict: the exchanges, but of chunks that are empty on both sides.
@@ -219,6 +220,10 @@ class Crossing:
             parts = self._headers(words)
             compare = partial(self.comparer.compare, call, HeaderAddresses(words.headers, goes, comes, src_counts))
         for send, recv, number, _, _ in swaps:
+            if number and not (
+                send.num or recv.num
+            ):  # what the call says waits: the other rank may not list this chunk
+                continue
             if recv.num:
                 state = words.states + STATE_BYTES * (recv.node * words.chunks + number)
                 parts.append((recv_at + recv.at, recv.num_bytes, recv.node, False))

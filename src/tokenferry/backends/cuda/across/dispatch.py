@@ -416,7 +416,7 @@ class AcrossDispatcher:
             transfer = passing.transfers.get((chunk.node, swap.number))
             if transfer is not None:
                 transfer.join()
-            if chunk.num or opening is not None:
+            if transfer is not None and (chunk.num or opening is not None):
                 crossing.check(call, passing.words, src_counts, swap, opening)
                 opening = None
             if swap.used:  # else no rank of this node has tokens in it
