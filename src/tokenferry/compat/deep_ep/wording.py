@@ -16,8 +16,8 @@ _LOCAL = re.compile(r"^(?:MoeShape|for_shape|mask|synchronize|ExpertGroup): ")
 _ARGUMENT = re.compile(r"[a-z_]+(?:\.[a-z_]+)?(?:\[\d\])?(?=: | is |=)|[a-z_]+(?=\[)")
 _SET_BY = re.compile(r"(\w+)=(\d+) was set by (the plan(?: \(R \* M\))?|the group|[\w.]+(?:\[\d\])?)")
 _DIFFERS = re.compile(
-    r"made different calls: (.{1,99}?) is (.{1,60}?) on rank (\d+) and (.{1,60}?) on rank (\d+); it has to be the same on "
-    r"all ranks"
+    r"made different calls: (.{1,99}?) is (.{1,60}?) on rank (\d+) and (.{1,60}?) on rank (\d+); it has to be the same "
+    r"on all ranks"
 )
 _CALLED = re.compile(rf"rank (\d+) called ({_NATIVE}|capacity_check); call the same")
 _TERM = re.compile(r"^ExpertGroup: (.+) differs between ranks \((.+)\); give")
