@@ -317,6 +317,21 @@ def test_replicas_of_what_came_late_are_made_equal(worlds, on_meta):
         assert not torch.equal(slots[0], slots[1])
 
 
+def placed_apart(rank: int, pg: dist.ProcessGroup) -> None:
+    with tokenferry.ExpertGroup(pg, SHAPE, backend="cpu") as group:
+        slots = torch.tensor([[0, 1, 0, 2], [0, 1, 2, 0]][rank])
+        layer = MoELayer(group, 8, router=PlacedRouter(Router(16, 3, 2), Placement.of(slots, 2), group))
+        before = layer.experts.gate.to_local().detach().clone()
+        with pytest.raises(tokenferry.ArgumentError, match="parallelize: ranks 0 and 1 passed different placements"):
+            parallelize(layer)
+        assert torch.equal(layer.experts.gate.to_local(), before)
+
+
+def test_placements_that_differ_are_refused_on_all_ranks(worlds):
+    """Before rows are sent to a rank that does not wait for them."""
+    worlds(2).run(placed_apart)
+
+
 def test_replicas_on_one_rank_are_made_equal():
     with tokenferry.ExpertGroup(None, SHAPE, backend="cpu") as group:
         router = PlacedRouter(Router(16, 3, 2), Placement.of(torch.tensor([0, 1, 0, 2]), 1), group)

@@ -75,8 +75,11 @@ def parallelize(
             another device type than the group of one of them; ``replicate`` is missing, has more than one dimension,
             leaves this rank out, has other ranks of a layer's group, which hold other experts, or meets a
             `PlacedRouter`; or a parameter that is to be replaced has hooks.
-        RuntimeError: torch's, if one of the ranks of ``replicate`` does not come within the timeout of its process
-            group (NCCL's watchdog may end the process instead). Layers have been changed: make the model anew.
+        ArgumentError: the ranks of a layer's group have different placements of replicas, or other tensors; on all of
+            them, before any replica was changed.
+        RuntimeError: torch's, if one of the ranks of ``replicate``, or of a group with replicas, does not come within
+            the timeout of its process group (NCCL's watchdog may end the process instead). Layers have been changed:
+            make the model anew.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
     if not layers:

@@ -132,7 +132,7 @@ def _move(
                 parts = _checked(group, tensors, old, new)
         except TokenferryError as found:
             error = found
-        _agree(group, "" if error is not None else f"{[(part.shape, part.dtype) for part in parts]}", old, new)
+        agree(group, "" if error is not None else f"{[(part.shape, part.dtype) for part in parts]}", old, new)
         try:
             if error is not None:
                 raise error
@@ -203,7 +203,7 @@ def _checked(group: ExpertGroup, tensors: Sequence[Tensor], old: Placement, new:
     return parts
 
 
-def _agree(group: ExpertGroup, what: str, old: Placement, new: Placement) -> None:
+def agree(group: ExpertGroup, what: str, old: Placement, new: Placement, call: str = "move_experts") -> None:
     """Raise ArgumentError on every rank if ranks moved different things, and on the others if one has an error."""
     process_group = group.process_group
     if process_group is None or group.num_ranks == 1:
@@ -217,12 +217,10 @@ def _agree(group: ExpertGroup, what: str, old: Placement, new: Placement) -> Non
     digests = [int(one) for one in found]
     wrong = [rank for rank, one in enumerate(digests) if one == -1]
     if wrong and what:
-        raise ArgumentError(f"move_experts: arguments of rank {wrong[0]} are wrong; nothing was moved")
+        raise ArgumentError(f"{call}: arguments of rank {wrong[0]} are wrong; nothing was moved")
     other = next((rank for rank, one in enumerate(digests) if one != digests[0]), None)
     if not wrong and other is not None:
-        raise ArgumentError(
-            f"move_experts: ranks 0 and {other} passed different placements or tensors; nothing was moved"
-        )
+        raise ArgumentError(f"{call}: ranks 0 and {other} passed different placements or tensors; nothing was moved")
 
 
 def _moves(old: Placement, new: Placement, node_of_rank: Sequence[int]) -> Iterator[Move]:

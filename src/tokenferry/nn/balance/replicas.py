@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tokenferry.api import ExpertGroup
-from tokenferry.nn.balance.moves import Move, exchanged, move_part
+from tokenferry.nn.balance.moves import Move, agree, exchanged, move_part
 from tokenferry.nn.balance.placement import Placement
 
 
@@ -127,14 +127,19 @@ def make_replicas_equal(group: ExpertGroup, placement: Placement, parts: Sequenc
         group: The group with P experts.
         placement: Where they are.
         parts: What this rank has; those with values, and with its L experts as their first dimension, are changed.
+
+    Raises:
+        ArgumentError: ranks have different placements or tensors; on all ranks, and nothing was changed.
     """
     width = group.num_local_experts
+    parts = [part for part in parts if not part.is_meta and part.shape[:1] == (width,)]
+    what = str([(tuple(part.shape), part.dtype) for part in parts])
+    agree(group, what, placement, placement, "parallelize")
     moves = [
         Move(slots[0], slot, slots[0] // width, slot // width) for slots in _replicas(placement) for slot in slots[1:]
     ]
     for part in parts:
-        if not part.is_meta and part.shape[:1] == (width,):
-            rows = part.contiguous()
-            move_part(group, rows, moves)
-            if rows is not part:
-                part.copy_(rows)
+        rows = part.contiguous()
+        move_part(group, rows, moves)
+        if rows is not part:
+            part.copy_(rows)
