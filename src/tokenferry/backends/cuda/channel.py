@@ -142,6 +142,7 @@ class Channel:
         try:
             pending.launch(call)
             pending.done, pending.tensors, pending.launch = True, (), _nothing
-        except BaseException as error:  # an interrupt, too: perhaps it is enqueued, and must not be a second time
-            self._context.break_off(error)
+        except BaseException as error:
+            if not isinstance(error, Exception):  # an interrupt: perhaps it is enqueued, and must not be a second time
+                self._context.break_off(error)
             raise
