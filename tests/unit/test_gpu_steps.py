@@ -39,7 +39,7 @@ def test_steps_that_do_not_pass_are_told(steps, monkeypatch, tmp_path, capsys):
     for name, body in bodies.items():
         file = tmp_path / f"test_{name}.py"
         file.write_text(f"import os, pytest, signal, subprocess, time\ndef test():\n    {body}\n")
-        made[name] = steps.Step((str(file),), 3.0 if name in ("hangs", "leaves") else 100.0, 0, {"TEST_STEP": "1"})
+        made[name] = steps.Step((str(file),), 8.0 if name in ("hangs", "leaves") else 100.0, 0, {"TEST_STEP": "1"})
     monkeypatch.setattr(steps, "ENDING_S", 2.0)
     monkeypatch.setattr(steps, "STEPS", made | {"large": steps.Step(("tests",), 100.0, 99)})
     run = ["--out", str(tmp_path / "logs")]
@@ -49,7 +49,7 @@ def test_steps_that_do_not_pass_are_told(steps, monkeypatch, tmp_path, capsys):
     assert "1 passed" in table["good"]
     assert "1 failed" in table["bad"]
     assert table["bad"].startswith("NO | ")
-    assert table["hangs"].endswith("stopped after 3 s")
+    assert table["hangs"].endswith("stopped after 8 s")
     assert "needs 99 GPUs" in table["large"]
     assert table["skips"].startswith("NO | ")
     assert "1 skipped" in table["skips"]
