@@ -150,3 +150,14 @@ def test_buffers_that_another_layer_needs_where_they_are_stay():
         layers[1].experts.number = layers[0].experts.number
         with pytest.raises(tokenferry.ConfigError, match="another MoELayer shares its experts"):
             rebalance(layers[0], Placement.of(torch.arange(4), 1))
+
+
+def test_hooks_of_state_dicts_may_change_values():
+    """As those that move them to the host: what has the name of a parameter is no buffer."""
+    with tokenferry.ExpertGroup(None, SHAPE, backend="cpu") as group:
+        experts = Masked(0, 4)
+        experts.register_state_dict_post_hook(
+            lambda _module, state, _prefix, _local: state.update({key: one.detach() for key, one in state.items()})
+        )
+        layer = MoELayer(group, experts=experts)
+        assert {"experts.up", "experts.down"} <= set(layer.state_dict())

@@ -155,8 +155,10 @@ def check_experts(group: ExpertGroup, experts: nn.Module) -> None:
                 f"MoELayer: experts: {name}: expected a parameter on {group.device} like the group, got "
                 f"{parameter.device}; call .to({str(group.device)!r})"
             )
-    known = {id(parameter) for parameter in names}  # not by name, which torch's wrappers change
-    saved = {name for name, value in experts.state_dict(keep_vars=True).items() if id(value) not in known}
+    # By identity, since torch's wrappers change names, or by name, since hooks of state dicts change values.
+    values, known = {id(parameter) for parameter in names}, dict(experts.named_parameters(remove_duplicate=False))
+    state = experts.state_dict(keep_vars=True)
+    saved = {name for name, value in state.items() if id(value) not in values and name not in known}
     if saved:
         raise ConfigError(
             f"MoELayer: experts: expected no buffers in the state_dict, got {sorted(saved)}; of several ranks only "
