@@ -317,8 +317,8 @@ class Context:
     def interrupted(self, _call: str, before: int, error: BaseException) -> None:
         """See `tokenferry.backends.base.Interruptible`.
 
-        A call in the capture of a CUDA graph has sent nothing, and one for which torch has no memory neither, or it has
-        broken the group itself.
+        A call in the capture of a CUDA graph has sent nothing. One for which torch has no memory has sent nothing
+        either, or has broken the group itself.
         """
         if self.latest_call == before or self.broken or self._capturing or isinstance(error, torch.OutOfMemoryError):
             return

@@ -220,9 +220,8 @@ class Crossing:
             parts = self._headers(words)
             compare = partial(self.comparer.compare, call, HeaderAddresses(words.headers, goes, comes, src_counts))
         for send, recv, number, _, _ in swaps:
-            if number and not (
-                send.num or recv.num
-            ):  # what the call says waits: the other rank may not list this chunk
+            # The other rank may not list a chunk that is empty, so what the call says does not go with it.
+            if number and not (send.num or recv.num):
                 continue
             if recv.num:
                 state = words.states + STATE_BYTES * (recv.node * words.chunks + number)
