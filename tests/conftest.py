@@ -2,14 +2,14 @@
 
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
 import torch
 import torch.distributed.tensor  # assert_close does it later than the server of ranks needs it
 
-from support.pools import forget_compiled, prefer
+from support.pools import forget_compiled, meet, prefer
 from tokenferry.testing.world import World
 
 # No test is timed: an example may take long on a busy machine.
@@ -52,24 +52,49 @@ def nothing_is_compiled() -> None:
     forget_compiled()
 
 
-@pytest.fixture(scope="session")
-def worlds() -> Iterator[Callable[..., World]]:
-    """Return pools of ranks, one per R and kind of device for the whole session; a new one after a job failed.
+class Pools:
+    """Pools of ranks, one per R and kind of device; a new one after a job failed.
 
     ``worlds(4).run(fn, ...)`` runs on the CPU, ``worlds(4, "cuda").run(fn, ...)`` on ranks that own a GPU, and
     ``worlds(4, "cuda", 2).run(fn, ...)`` on ranks of which two each play a node.
     """
-    pools: dict[tuple[int, str, int | None], World] = {}
 
-    def get(num_ranks: int, devices: str = "cpu", ranks_per_node: int | None = None) -> World:
+    def __init__(self) -> None:
+        self._pools: dict[tuple[int, str, int | None], World] = {}
+        self._used: set[World] = set()
+
+    def __call__(self, num_ranks: int, devices: str = "cpu", ranks_per_node: int | None = None) -> World:
         key = num_ranks, devices, ranks_per_node
-        if key not in pools or not pools[key].alive:
-            pools[key] = World(num_ranks, devices=devices, timeout_s=JOB_S, ranks_per_node=ranks_per_node)
-            pools[key].run(prefer, devices)
+        if key in self._pools and self._pools[key].alive:
+            self._pools[key].run(forget_compiled)
         else:
-            pools[key].run(forget_compiled)
-        return pools[key]
+            self._pools[key] = World(num_ranks, devices=devices, timeout_s=JOB_S, ranks_per_node=ranks_per_node)
+            self._pools[key].run(prefer, devices)
+        self._used.add(self._pools[key])
+        return self._pools[key]
 
-    yield get
-    for pool in pools.values():
-        pool.close()
+    def check(self) -> None:
+        """Find the process group that a test has ended: it would fail in any later test, named by none."""
+        used, self._used = self._used, set()
+        for pool in used:
+            if pool.alive:
+                pool.run(meet)
+
+    def close(self) -> None:
+        for pool in self._pools.values():
+            pool.close()
+
+
+@pytest.fixture(scope="session")
+def worlds() -> Iterator[Pools]:
+    """Return pools of ranks for the whole session."""
+    pools = Pools()
+    yield pools
+    pools.close()
+
+
+@pytest.fixture(autouse=True)
+def process_groups_outlive_tests(worlds: Pools) -> Iterator[None]:
+    """Check the pools that a test has used; one that breaks a group of several nodes needs a world of its own."""
+    yield
+    worlds.check()

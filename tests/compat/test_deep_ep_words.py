@@ -10,6 +10,7 @@ import torch
 from support.deep_ep_jobs import on_nodes
 from tokenferry.compat.deep_ep import Buffer, ElasticBuffer, EPBuffer, HybridEPBuffer
 from tokenferry.errors import ClosedError, ConfigError, MismatchError, ShapeError, TokenferryError
+from tokenferry.testing.world import World
 
 T, K, E, H, M = 2, 2, 4, 128, 4
 X = torch.ones(T, H, dtype=torch.bfloat16, device="cpu")
@@ -314,10 +315,11 @@ def reported_across(rank: int, pg: Any) -> str:
     return str(said.value)
 
 
-def test_ranks_of_several_nodes_quote_each_other_in_the_same_words(worlds):
-    for said in worlds(4).run(on_nodes, 2, reported_across):
-        assert re.search(r"ElasticBuffer.dispatch.*do_expand is (True|False) on rank", said), said
-        assert not re.search(r"(?<![.\w])dispatch #|layout is", said), said
+def test_ranks_of_several_nodes_quote_each_other_in_the_same_words():
+    with World(4) as world:  # whose process group ends with the buffer
+        for said in world.run(on_nodes, 2, reported_across):
+            assert re.search(r"ElasticBuffer.dispatch.*do_expand is (True|False) on rank", said), said
+            assert not re.search(r"(?<![.\w])dispatch #|layout is", said), said
 
 
 def reported(rank: int, pg: Any, number: int) -> list[str]:
