@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 import torch
 
-from support.emulated_group import EmulatedPair
+from support.emulated_group import HEAP_BYTES, EmulatedPair
 from support.emulator import Emulator
 from tokenferry import CapacityError, DispatchOptions, ExpertGroup, Layout, MoeShape, Routing
 from tokenferry.memory.heap import Block, HeapFull
@@ -56,6 +56,26 @@ def without_room(rank: int, threads: None, pair: EmulatedPair, name: str) -> Non
 def test_a_full_heap_is_found_before_anything_is_sent(run, name, per_node):
     """So that the group stays whole, and the other ranks wait for the call that comes."""
     run(2 * per_node, without_room, name, ranks_per_node=per_node)
+
+
+def larger_than_the_heap(rank: int, threads: None, pair: EmulatedPair) -> None:
+    """One rank asks for it, then all: the rows of MASKED take as much memory whatever is received."""
+    with pair.open(None, MoeShape(2 * threads.num_ranks, 2, 64, 8)) as group:
+        x, routing = torch.ones(8, 64), Routing(torch.arange(16).view(8, 2) % group.shape.num_experts)
+        for counts in ("host", "device"):
+            options = DispatchOptions(Layout.MASKED, counts=counts)
+            too_large = DispatchOptions(Layout.MASKED, counts=counts, capacity=HEAP_BYTES // (64 * 4))
+            expected = group.dispatch(x, routing, options=options).expert_counts
+            for ranks in ((1,), range(threads.num_ranks)):
+                if rank in ranks:
+                    with pytest.raises(CapacityError, match="the heap is full"):
+                        group.dispatch(x, routing, options=too_large)
+                assert group.dispatch(x, routing, options=options).expert_counts.equal(expected)
+
+
+@pytest.mark.parametrize("per_node", [1, 2])
+def test_a_capacity_larger_than_the_heap_across_nodes(run, per_node):
+    run(2 * per_node, larger_than_the_heap, ranks_per_node=per_node)
 
 
 def decode_without_room(rank: int, threads: None, pair: EmulatedPair) -> str:

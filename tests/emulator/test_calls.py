@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from support.bad_calls import BAD, call_badly
-from support.emulated_group import SynchronousKernel
+from support.emulated_group import HEAP_BYTES, SynchronousKernel
 from support.emulator import Emulator
 from support.torch_calls import TorchCalls
 from tokenferry import MoeShape
@@ -12,7 +12,7 @@ from tokenferry.backends.cpu.routing import restricted as on_the_cpu
 from tokenferry.backends.cuda import plan as cuda_plan
 from tokenferry.compat.deep_ep import throughput
 from tokenferry.compat.deep_ep.views import Views
-from tokenferry.errors import ClosedError, MismatchError
+from tokenferry.errors import CapacityError, ClosedError, MismatchError
 from tokenferry.types import DispatchOptions, Layout, Quantized, Routing
 
 pytestmark = [
@@ -82,6 +82,25 @@ def strided_scales(rank, threads, pair, first_tokens):
 def test_scales_in_a_wider_buffer_after_few(run, first_tokens):
     """So few are contiguous whatever their strides; the same strides are not, of more."""
     run(2, strided_scales, first_tokens)
+
+
+# ---------------------------------------------------------------------- capacities
+
+
+def larger_than_the_heap(rank, threads, pair):
+    """One rank asks for it, then both: the rows of MASKED take as much memory whatever is received."""
+    with pair.open(None, SHAPE, timeout_s=20.0) as group:
+        x, routing = torch.ones(2, 16), Routing(torch.tensor([[0, 2], [1, 3]]))
+        options = DispatchOptions(Layout.MASKED, capacity=HEAP_BYTES // (16 * 4))
+        for ranks in ((1,), (0, 1)):
+            if rank in ranks:
+                with pytest.raises(CapacityError, match="dispatch: the heap is full"):
+                    group.dispatch(x, routing, options=options)
+            assert group.dispatch(x, routing, options=DispatchOptions(Layout.MASKED)).host_counts == (2, 2)
+
+
+def test_a_capacity_larger_than_the_heap(run):
+    run(2, larger_than_the_heap)
 
 
 # ---------------------------------------------------------------------- layouts

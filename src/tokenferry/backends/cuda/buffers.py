@@ -62,6 +62,15 @@ class SymmetricAllocator:
         except HeapFull as full:
             raise CapacityError(f"{call.signature.phase}: {full}") from None
 
+    def require(self, call: Call, num_bytes: int) -> None:
+        """Check that a block can be had now.
+
+        Raises:
+            CapacityError: as `block`.
+        """
+        if not self._heap.has_room(num_bytes):
+            self.call_block(call, num_bytes)
+
     def recv_block(self, call: Call, num_bytes: int) -> tuple[Block, bool]:
         """Return a block for received rows, and whether they have to be copied out of it at once.
 

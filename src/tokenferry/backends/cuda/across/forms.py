@@ -91,6 +91,7 @@ class AcrossForm:
         assign: Kernel that computes places inside the node.
         waits: Whether as many rows cross as there are, and results have exactly as many as arrive.
         tight: Whether rows may exceed a capacity.
+        fixed_bytes: What received rows take whatever the counts are (MASKED), if the host waits for these; else 0.
         by_offsets: Whether results have `Dispatched.expert_offsets`.
         at_once: Whether the routing crosses along with the headers, in the size of M tokens, used or not.
         known: What is known of such calls before anything is sent, by T.
@@ -107,6 +108,7 @@ class AcrossForm:
     assign: LaunchTemplate
     waits: bool
     tight: bool
+    fixed_bytes: int
     by_offsets: bool
     at_once: bool
     known: BoundedDict[int, AcrossSizes]
@@ -224,6 +226,9 @@ def new_across_form(group: Group, plan: PlanForm, shape: MoeShape, kind: RowKind
     relay = across_launch.relay_template(context, topology, group.host, K, wide=wide)
     relay.params.capacity = M if on_device else 0
     relay.params.apart = rails.params.apart
+    fixed_bytes = 0
+    if options.layout is Layout.MASKED and not on_device:
+        fixed_bytes = cuda_plan.row_layout(Layout.MASKED, kind, geometry.most_delivered).num_bytes
     return AcrossForm(
         signature,
         geometry,
@@ -236,6 +241,7 @@ def new_across_form(group: Group, plan: PlanForm, shape: MoeShape, kind: RowKind
         assign,
         not on_device,
         geometry.space.tight,
+        fixed_bytes,
         geometry.layout == EXPERTS,
         at_once,
         BoundedDict(_MAX_SIZES),

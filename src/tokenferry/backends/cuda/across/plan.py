@@ -79,8 +79,14 @@ class Planner:
         self._came, self.host = view_words(memory), memory.data_ptr()
 
     def begin(self, form: AcrossForm, call: Call, payload: Payload, num_tokens: int) -> Begun:
-        """Begin a dispatch: count its tokens; nothing is sent yet."""
+        """Begin a dispatch: count its tokens; nothing is sent yet.
+
+        Raises:
+            CapacityError: the heap has no room for what the counts have no part in.
+        """
         sizes, rest = None, 0
+        if form.fixed_bytes:
+            self._allocator.require(call, form.fixed_bytes)
         if form.at_once:
             sizes = form.known.get(num_tokens) or self._known(form, num_tokens)
             rest = sizes.memory.num_bytes
