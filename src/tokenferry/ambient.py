@@ -35,7 +35,7 @@ def not_compiled(call: _Function) -> _Function:
     the interpreter, where a graph has been broken.
     """
     function: Any = call
-    # Wrappers of torch share their code with those of the program, which would not be compiled any more either.
+    # A wrapper of torch shares its code object with the program's wrappers, which would not be compiled either.
     assert function.__globals__["__name__"].startswith("tokenferry."), f"mark what {function} wraps"
     function._torchdynamo_disable, function._torchdynamo_disable_msg = True, _WHY
     if hasattr(_frames, "set_code_exec_strategy"):  # private, and may go: then only traces of callers see a mark
@@ -75,11 +75,11 @@ def without_function_modes(call: Callable[_P, _T]) -> Callable[_P, _T]:
     return run
 
 
-def seen_to_its_end(call: _Function) -> _Function:
-    """Run a method of a group as `without_function_modes` does, and tell the group what raises before it returns.
+def reports_interrupts(call: _Function) -> _Function:
+    """Run a method of a group as `without_function_modes` does, and report to the group what is raised in it.
 
-    An interrupt may come behind the work of a call, in any function on the way back. The group has two members for
-    this: ``_interruptible``, which has `latest_call`, and ``_cut_off``.
+    That includes an interrupt after the work of the call is done, in any function on the way back to the caller. The
+    group has two members for this: ``_interruptible``, which has `latest_call`, and ``_cut_off``.
     """
     name = call.__name__
 
@@ -100,7 +100,7 @@ def seen_to_its_end(call: _Function) -> _Function:
 
 
 def without_grad(call: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Run a call likewise, and as `torch.no_grad` does, which takes longer to enter."""
+    """Run a call as `without_function_modes` does, and without gradients. `torch.no_grad` takes longer to enter."""
     in_function_modes = without_function_modes(torch.no_grad()(call))
 
     @not_compiled

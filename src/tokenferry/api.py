@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tokenferry.ambient import methods_not_compiled, seen_to_its_end, without_function_modes
+from tokenferry.ambient import methods_not_compiled, reports_interrupts, without_function_modes
 from tokenferry.backends.base import Backend, CallSms, TokenLayout
 from tokenferry.backends.choose import make_backend
 from tokenferry.errors import ArgumentError, ClosedError, PickleError, TokenferryError
@@ -49,7 +49,7 @@ _Connected = TypeVar("_Connected", bound="Connected")
 
 
 class Connected:
-    """An object that stands for connections and memory of this process: copies are the object itself; no pickles."""
+    """Base of objects that own connections and memory of this process: a copy is the object itself; no pickles."""
 
     def __copy__(self: _Connected) -> _Connected:
         return self
@@ -411,7 +411,7 @@ class ExpertGroup(Connected):
         self, x: Quantized, routing: Routing, *, options: DispatchOptions | None = None, num_sms: int | None = None
     ) -> Dispatched[Quantized]: ...
 
-    @seen_to_its_end
+    @reports_interrupts
     def dispatch(
         self,
         x: Tensor | Quantized,
@@ -486,7 +486,7 @@ class ExpertGroup(Connected):
         self, x: Quantized, plan: Plan, *, topk_weights: Tensor | None = None, num_sms: int | None = None
     ) -> Dispatched[Quantized]: ...
 
-    @seen_to_its_end
+    @reports_interrupts
     def redispatch(
         self,
         x: Tensor | Quantized,
@@ -521,7 +521,7 @@ class ExpertGroup(Connected):
         self._ready("redispatch")
         return self._backend.redispatch(self._resolver.redispatch(x, plan, topk_weights, num_sms))
 
-    @seen_to_its_end
+    @reports_interrupts
     def combine(
         self,
         y: Tensor,
@@ -597,7 +597,7 @@ class ExpertGroup(Connected):
         return_hook: bool = False,
     ) -> DecodeDispatched[Quantized]: ...
 
-    @seen_to_its_end
+    @reports_interrupts
     def decode_dispatch(
         self,
         x: Tensor,
@@ -665,7 +665,7 @@ class ExpertGroup(Connected):
         request = self._resolver.decode_dispatch(x, routing, quantize, stats, return_hook=return_hook)
         return self._backend.decode_dispatch(request)
 
-    @seen_to_its_end
+    @reports_interrupts
     def decode_combine(  # seven parameters instead of six: numerics and encoding are chosen independently
         self,
         y: Tensor,
@@ -752,7 +752,7 @@ class ExpertGroup(Connected):
             raise ClosedError(f"{call}: the group {self._backend.broken}; make a new ExpertGroup")
 
     def _cut_off(self, call: str, before: object, error: BaseException) -> None:
-        """End a call that ``error`` has ended; say so in our words if it means that a resource was refused."""
+        """Handle an ``error`` that has ended a call; raise a `ResourceError` instead if a resource was refused."""
         if isinstance(error, TokenferryError):
             return
         self._interruptible.interrupted(call, before, error)
@@ -765,7 +765,7 @@ class ExpertGroup(Connected):
             if refused is not None:
                 raise refused from error
         finally:
-            del refused, error  # they hold this frame, and with it the memory of the program's calls
+            del refused, error  # their tracebacks refer to this frame, and keep the memory of calls alive
 
 
 def find_group(key: str, shape: MoeShape) -> ExpertGroup:

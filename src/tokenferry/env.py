@@ -268,7 +268,7 @@ class DeepEpSettings:
         buffer_debug: EP_BUFFER_DEBUG: say what each of them uses.
         cache_dir: EP_JIT_CACHE_DIR, unless TOKENFERRY_CACHE_DIR is set; None: the default.
         network: Those of `DEEP_EP_NETWORK` that are set.
-        told_nccl: Those of `DEEP_EP_NETWORK` of which NCCL's variable is set.
+        set_for_nccl: Those of `DEEP_EP_NETWORK` whose variable for NCCL is set.
         nccl_service_level: NCCL_IB_SL, as it is written; None: not set.
         queue_pairs: `QUEUE_PAIRS`, as it is; empty: it is not set.
         no_p2p: Whether `NO_P2P` is set to something else than 0, no or false.
@@ -277,7 +277,7 @@ class DeepEpSettings:
     buffer_debug: bool
     cache_dir: str | None
     network: tuple[str, ...]
-    told_nccl: frozenset[str]
+    set_for_nccl: frozenset[str]
     nccl_service_level: str | None
     queue_pairs: str
     no_p2p: bool

@@ -2,7 +2,7 @@
 
 A child that is forked inherits copies of all objects, and every descriptor. If it used a group, its rows would reach
 the peers in the name of its parent; and as long as it holds a socket of its parent, peers do not see that the parent
-has ended. Each object that must not be used in a child says here what a child does with it.
+has ended. Each object that must not be used in a child registers here what a child does with it.
 
 Python runs the hook of this module in every child that Python forks (`os.fork`, the start method "fork" of
 multiprocessing, workers of a DataLoader). Children that C code forks do not run it.

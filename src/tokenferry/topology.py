@@ -1,4 +1,4 @@
-"""Which ranks of a group share a node, and which ranks of other nodes are across from them."""
+"""The nodes of a group: which ranks share a node, and which ranks of different nodes form a rail."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Topology:
 
     A node is a set of ranks that reach each other's memory (NVLink; on CPUs shared memory). With several nodes, a token
     crosses the network once for each node that it goes to: from its rank to the rank with the same local index there.
-    Ranks with the same local index form a *rail*.
+    Ranks with the same local index form a *rail*; the other ranks of its rail are the *rail peers* of a rank.
 
     Attributes:
         rank: This rank.

@@ -36,7 +36,8 @@ limit until there are 32."""
 
 FETCHED_OR_PUSHED_US = {128: (36, 46), 1024: (141, 169), 4096: (494, 504)}
 """The same on 4 H200, by T: rows in the heap that are fetched, and rows in the user's memory that are pushed, each with
-as many SMs as help. Few tokens isolated, since the host would decide otherwise: the run of calls of the same commit."""
+as many SMs as help. Few tokens were measured isolated, since back to back the host is the limit: the run of calls of
+the same commit."""
 
 FETCHED_OR_PUSHED_US_OF_TWO = {
     16: (17, 24),
@@ -100,12 +101,12 @@ _MOST_DECODE = 512 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Topology:
-    """The ranks and SMs of a group.
+class Machine:
+    """The ranks of a group, or of one of its nodes, and the SMs of their GPUs.
 
     Args:
         num_ranks: R.
-        num_sms: SMs of each rank's device.
+        num_sms: SMs of each GPU.
 
     Raises:
         ConfigError: a number is not positive.
@@ -118,7 +119,7 @@ class Topology:
         for name in ("num_ranks", "num_sms"):
             value = getattr(self, name)
             if value < 1:
-                raise ConfigError(f"Topology: {name}: expected a positive integer, got {value!r}")
+                raise ConfigError(f"Machine: {name}: expected a positive integer, got {value!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,18 +156,18 @@ class Travel:
     bytes_out: float
 
 
-def tune(shape: MoeShape, topology: Topology) -> Tuning:
+def tune(shape: MoeShape, machine: Machine) -> Tuning:
     """Choose the number of SMs of each call, for M tokens with bfloat16 rows. Pure."""
-    dispatch, why_dispatch = _dispatch_sms(shape, topology)
-    combine, why_combine = _combine_sms(shape, topology)
-    push, why_push = _push_sms(shape, topology)
+    dispatch, why_dispatch = _dispatch_sms(shape, machine)
+    combine, why_combine = _combine_sms(shape, machine)
+    push, why_push = _push_sms(shape, machine)
     reasons = {
         "dispatch": (dispatch, why_dispatch),
         "combine": (combine, why_combine),
         "combine of rows in the user's memory": (push, why_push),
     }
     sentences = [f"{call}: {several(num_sms, 'SM')}: {why}" for call, (num_sms, why) in reasons.items()]
-    return Tuning(dispatch, combine, push, (*sentences, _why_fetched(shape, topology)))
+    return Tuning(dispatch, combine, push, (*sentences, _why_fetched(shape, machine)))
 
 
 def travel(shape: MoeShape, num_ranks: int, num_tokens: int, row_bytes: int) -> Travel:
@@ -198,49 +199,49 @@ def gbps(curve: tuple[tuple[int, float], ...], num_sms: int) -> float:
     return curve[-1][1]
 
 
-def _dispatch_sms(shape: MoeShape, topology: Topology) -> tuple[int, str]:
+def _dispatch_sms(shape: MoeShape, machine: Machine) -> tuple[int, str]:
     """Return how many SMs, and why; likewise the next ones."""
     needed = -(-shape.max_tokens // _ROWS_AT_ONCE)
-    wanted = DISPATCH_SMS_OF_ONE if topology.num_ranks == 1 else DISPATCH_SMS
+    wanted = DISPATCH_SMS_OF_ONE if machine.num_ranks == 1 else DISPATCH_SMS
     if needed < wanted:
-        chosen = min(needed, topology.num_sms)
+        chosen = min(needed, machine.num_sms)
         return chosen, (
             f"an SM moves {_ROWS_AT_ONCE} rows at a time, so more would be idle at "
             f"M={shape.max_tokens} (for 128 rows the time was the same with 16 to 132)"
         )
-    chosen = min(wanted, topology.num_sms)
+    chosen = min(wanted, machine.num_sms)
     if chosen < wanted:
         return chosen, f"all that the device has; {wanted} would be used on a larger one"
-    if topology.num_ranks == 1:
+    if machine.num_ranks == 1:
         return chosen, _why_of_one(chosen, 0)
     if shape.max_tokens < _FEW_ROWS:
-        return chosen, (f"for 128 rows the time was the same with 16 to 132, so {_left(topology, chosen)}")
+        return chosen, (f"for 128 rows the time was the same with 16 to 132, so {_left(machine, chosen)}")
     best, least = min(us for _, us in DISPATCH_US), DISPATCH_US[0]
     return chosen, (
         f"FP8 rows of T=4096, with the plan kept and calls back to back, took {best} us with 12 to 24 SMs, within 2 %, "
-        f"and {least[1]} us with {least[0]} (4 H200); more slow one another down, and {_left(topology, chosen)}"
+        f"and {least[1]} us with {least[0]} (4 H200); more slow one another down, and {_left(machine, chosen)}"
     )
 
 
-def _left(topology: Topology, chosen: int) -> str:
-    left = topology.num_sms - chosen
+def _left(machine: Machine, chosen: int) -> str:
+    left = machine.num_sms - chosen
     return f"{several(left, 'SM')} {'is' if left == 1 else 'are'} left to others"
 
 
-def _combine_sms(shape: MoeShape, topology: Topology) -> tuple[int, str]:
+def _combine_sms(shape: MoeShape, machine: Machine) -> tuple[int, str]:
     pieces = -(-2 * shape.hidden // _PIECE_BYTES)
     needed = -(-shape.max_tokens * pieces // _PIECES_AT_ONCE)
-    wanted = _adding_sms(shape, topology.num_ranks)
+    wanted = _adding_sms(shape, machine.num_ranks)
     if needed < wanted:
-        chosen = min(needed, topology.num_sms)
+        chosen = min(needed, machine.num_sms)
         return chosen, (
             f"an SM sums {_PIECES_AT_ONCE} pieces of {_PIECE_BYTES} bytes at a time, so more "
             f"would be idle at M={shape.max_tokens}"
         )
-    chosen = min(wanted, topology.num_sms)
+    chosen = min(wanted, machine.num_sms)
     if chosen < wanted:
         return chosen, f"all that the device has; {wanted} would be used on a larger one"
-    if topology.num_ranks == 1:
+    if machine.num_ranks == 1:
         return chosen, _why_of_one(chosen, 1)
     if chosen > COMBINE_SMS:
         measured = _nearest(COMBINE_US_OF_TWO, shape.max_tokens)
@@ -266,12 +267,12 @@ def _why_of_one(num_sms: int, call: int) -> str:
     )
 
 
-def _why_fetched(shape: MoeShape, topology: Topology) -> str:
+def _why_fetched(shape: MoeShape, machine: Machine) -> str:
     """Return why peers fetch rows in the heap, where they could be pushed as rows in the user's memory are."""
     what = "combine of rows in the heap: fetched, not pushed"
-    if topology.num_ranks == 1:
+    if machine.num_ranks == 1:
         return f"{what}: one rank, nothing leaves the GPU"
-    table, gpus = (FETCHED_OR_PUSHED_US_OF_TWO, 2) if topology.num_ranks == 2 else (FETCHED_OR_PUSHED_US, 4)
+    table, gpus = (FETCHED_OR_PUSHED_US_OF_TWO, 2) if machine.num_ranks == 2 else (FETCHED_OR_PUSHED_US, 4)
     measured = _nearest(table, shape.max_tokens)
     fetched, pushed = table[measured]
     return (
@@ -293,28 +294,28 @@ def _adding_sms(shape: MoeShape, num_ranks: int) -> int:
     return min(max(COMBINE_SMS, math.ceil(LINK_GBPS / (_ADDING_GBPS * remote))), MOST_COMBINE_SMS)
 
 
-def _push_sms(shape: MoeShape, topology: Topology) -> tuple[int, str]:
-    most = topology.num_sms
+def _push_sms(shape: MoeShape, machine: Machine) -> tuple[int, str]:
+    most = machine.num_sms
     pieces = -(-2 * shape.hidden // _PIECE_BYTES)
     needed = 2 * -(-shape.max_tokens * pieces // _PIECES_AT_ONCE)  # half of them push, half add up
-    least = {1: COMBINE_SMS_OF_ONE, 2: PUSH_SMS_OF_TWO}.get(topology.num_ranks, PUSH_SMS)
-    wanted = least if shape.max_tokens >= _SHORT_PUSH or topology.num_ranks == 1 else max(least, most // 2)
+    least = {1: COMBINE_SMS_OF_ONE, 2: PUSH_SMS_OF_TWO}.get(machine.num_ranks, PUSH_SMS)
+    wanted = least if shape.max_tokens >= _SHORT_PUSH or machine.num_ranks == 1 else max(least, most // 2)
     if needed < wanted:
         chosen = min(needed, most)
         return chosen, f"more would be idle at M={shape.max_tokens}"
     chosen = min(wanted, most)
     if chosen < least:
         return chosen, f"all that the device has; {least} would be used on a larger one"
-    if topology.num_ranks == 1:
+    if machine.num_ranks == 1:
         return chosen, _why_of_one(chosen, 2)
     if chosen > least:
         return chosen, (
             f"half of the device, if fewer than {_SHORT_PUSH} tokens are combined: rows land "
             "late and all at once (T=128 took 53 us with 24 SMs and 42 with 66; 4 H200)"
         )
-    curve, gpus = (PUSH_US_OF_TWO, 2) if topology.num_ranks == 2 else (PUSH_US, 4)
+    curve, gpus = (PUSH_US_OF_TWO, 2) if machine.num_ranks == 2 else (PUSH_US, 4)
     times = dict(curve)
-    more = 66 if topology.num_ranks == 2 else 48
+    more = 66 if machine.num_ranks == 2 else 48
     return chosen, (
         f"some push, the others add up what lands: bfloat16 rows of T=4096 took "
         f"{times[chosen]} us, {times[24]} with 24 and {times[more]} with {more} ({gpus} H200)"

@@ -156,5 +156,5 @@ def test_a_reader_of_a_report_that_has_seen_enough():
 
 
 def test_what_is_explained_is_ready_for_json():
-    found = explain.explained(explain.MoeShape(8, 2, 128, 16), explain.Topology(2, 132))
+    found = explain.explained(explain.MoeShape(8, 2, 128, 16), explain.Machine(2, 132))
     assert json.loads(json.dumps(found)) == found

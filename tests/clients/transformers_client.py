@@ -26,7 +26,7 @@ from transformers.distributed import DistributedConfig
 from tokenferry.api import ExpertGroup
 from tokenferry.errors import ConfigError
 from tokenferry.integrations import transformers as ours
-from tokenferry.integrations.exchange import Exchange
+from tokenferry.integrations.exchange import BatchExchange
 from tokenferry.integrations.grouped_experts import GroupedExperts
 
 ON_GPUS = torch.cuda.is_available()
@@ -156,7 +156,7 @@ class Calls:
 
     def __init__(self) -> None:
         self.reset()
-        dispatch, send, connect = ExpertGroup.dispatch, Exchange.send, ExpertGroup._with_heap
+        dispatch, send, connect = ExpertGroup.dispatch, BatchExchange.send, ExpertGroup._with_heap
         grouped = GroupedExperts.__call__
 
         def noted(exchange, x, index, weights, options):
@@ -175,7 +175,7 @@ class Calls:
             self.grouped += 1
             return grouped(*args)
 
-        Exchange.send, ExpertGroup.dispatch, ExpertGroup._with_heap = noted, waited, counted
+        BatchExchange.send, ExpertGroup.dispatch, ExpertGroup._with_heap = noted, waited, counted
         GroupedExperts.__call__ = unsorted
 
     def reset(self) -> None:

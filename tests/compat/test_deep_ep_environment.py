@@ -13,7 +13,7 @@ import torch
 from support.deep_ep_jobs import on_nodes
 from tokenferry import api, env
 from tokenferry.compat.deep_ep import Buffer, ElasticBuffer, EPBuffer
-from tokenferry.compat.deep_ep.connect import Puts, _check_network, _check_puts, _check_service_level
+from tokenferry.compat.deep_ep.connect import NvshmemNeeds, _check_network, _check_puts, _check_service_level
 from tokenferry.errors import ArgumentError, BackendUnavailable, ConfigError, UnsupportedError
 from tokenferry.topology import Topology, consecutive
 
@@ -198,20 +198,20 @@ def checked_puts(monkeypatch, environ, puts, transport="nvlink+nccl+nvshmem"):
 
 
 def test_queue_pairs_are_those_of_nvshmem(monkeypatch, caplog):
-    checked_puts(monkeypatch, {env.QUEUE_PAIRS: "32"}, Puts(0, 32))
-    checked_puts(monkeypatch, {env.QUEUE_PAIRS: "32"}, Puts(0))  # nobody asked
+    checked_puts(monkeypatch, {env.QUEUE_PAIRS: "32"}, NvshmemNeeds(0, 32))
+    checked_puts(monkeypatch, {env.QUEUE_PAIRS: "32"}, NvshmemNeeds(0))  # nobody asked
     assert not caplog.records
     with pytest.raises(UnsupportedError, match=r"num_qps_per_rank=32: NVSHMEM_IBGDA_NUM_RC_PER_PE=8 says"):
-        checked_puts(monkeypatch, {env.QUEUE_PAIRS: "8"}, Puts(0, 32))
-    checked_puts(monkeypatch, {env.QUEUE_PAIRS: "8"}, Puts(0, 32), transport="nvlink+nccl")
+        checked_puts(monkeypatch, {env.QUEUE_PAIRS: "8"}, NvshmemNeeds(0, 32))
+    checked_puts(monkeypatch, {env.QUEUE_PAIRS: "8"}, NvshmemNeeds(0, 32), transport="nvlink+nccl")
     assert not caplog.records
-    checked_puts(monkeypatch, {}, Puts(0, 32))
+    checked_puts(monkeypatch, {}, NvshmemNeeds(0, 32))
     assert "num_qps_per_rank=32: NVSHMEM takes a number of its own" in caplog.text
 
 
 @pytest.mark.parametrize("value", ["0", "false", "No", ""])
 def test_nvlink_is_forbidden_by_the_variable_of_nvshmem(monkeypatch, value):
-    without = Puts(0, nvlink=False)
+    without = NvshmemNeeds(0, nvlink=False)
     checked_puts(monkeypatch, {env.NO_P2P: "1"}, without)
     checked_puts(monkeypatch, {env.NO_P2P: "true"}, without)
     checked_puts(monkeypatch, {}, without, transport="nvlink+nccl")
@@ -223,7 +223,7 @@ def test_a_buffer_passes_on_what_it_asks_of_nvshmem(monkeypatch):
     seen = []
     monkeypatch.setattr("tokenferry.compat.deep_ep.connect._check_puts", lambda *args: seen.append(args[3]))
     Buffer(None, 0, 128, num_qps_per_rank=7, allow_nvlink_for_low_latency_mode=False)
-    assert seen == [Puts(128, 7, nvlink=False)]
+    assert seen == [NvshmemNeeds(128, 7, nvlink=False)]
 
 
 @pytest.mark.parametrize(

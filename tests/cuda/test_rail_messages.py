@@ -23,7 +23,7 @@ STORM = Weather(delay_s=0.01, reorder=True, seed=3)
 
 
 class Rail:
-    """N virtual ranks that are across from each other.
+    """N virtual ranks that are rail peers.
 
     Attributes:
         ranks: The ranks.
@@ -197,7 +197,7 @@ def test_a_rank_that_has_failed_sends_its_state_alone(rail_of):
 
 @pytest.mark.parametrize("chunk", [0, 2])
 def test_a_put_that_is_lost(rail_of, chunk):
-    """The record names the rank across, and no other chunk is taken for this one."""
+    """The record names the rail peer, and no other chunk is taken for this one."""
 
     def is_lost(put: Put) -> bool:
         return (put.sender, put.exchange, put.number % 3) == (1, 2, chunk)

@@ -244,7 +244,7 @@ def test_as_much_crosses_as_there_are_slots(run):
 
 @pytest.mark.usefixtures("both_paths")
 def test_counters_are_added_to(run):
-    """A rank waits for those of its node, and for those across from it; ranks that pass on may wait for others."""
+    """A rank waits for those of its node, and for its rail peers; ranks that pass on may wait for others."""
     before = decode_jobs.BEFORE
     counted = run(4, decode_jobs.counters, 4, ranks_per_node=2)
     for rank, (dispatch, combine) in enumerate(counted):

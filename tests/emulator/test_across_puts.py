@@ -27,7 +27,7 @@ STORM = Weather(delay_s=0.004, reorder=True, seed=7)
 LARGE = MoeShape(24, 32, 1024, 8)
 """No smaller than any case of the jobs."""
 MAPPED = {"all": lambda rank: True, "some": lambda rank: rank % 3 == 0, "none": lambda rank: False}
-"""Which ranks' memory those across from them reach."""
+"""Which ranks' memory their rail peers reach."""
 
 
 @pytest.mark.usefixtures("both_paths")
@@ -88,7 +88,7 @@ def test_the_bits_are_those_of_exchanged_messages(run):
 # ---------------------------------------------------------------------- what goes wrong
 
 LOSER = 3
-"""A rank of node 1; rank 1 is across from it."""
+"""A rank of node 1; rank 1 is its rail peer."""
 WIDE = Case((4, 4, 4, 4), 4, 2, hidden=4096, dtype=torch.float32)
 PARTS = {
     "head": lambda num_bytes: num_bytes > RAIL_CHUNK_BYTES,

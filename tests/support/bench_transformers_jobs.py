@@ -5,7 +5,7 @@ from unittest import mock
 from tokenferry.bench.core import models
 from tokenferry.bench.suites import transformers
 from tokenferry.bench.suites.transformers import Model
-from tokenferry.integrations.exchange import Exchange
+from tokenferry.integrations.exchange import BatchExchange
 
 
 def measure_transformers(session):
@@ -16,12 +16,12 @@ def measure_transformers(session):
 
 def wrong_combine(session):
     """`measure_transformers` in which tokenferry's sums are off by a thousandth, on rank 1 only."""
-    right = Exchange.bring_back
+    right = BatchExchange.bring_back
 
     def bring_back(exchange, y, plan):
         return right(exchange, y, plan) * (1.001 if session.rank == 1 else 1)
 
-    with mock.patch.object(Exchange, "bring_back", bring_back):
+    with mock.patch.object(BatchExchange, "bring_back", bring_back):
         measure_transformers(session)
 
 

@@ -25,7 +25,7 @@ class Step:
         rank: The rank that checks.
         away: Ranks that this one has masked.
         spoilt: Whether rows and answers hold infinities and NaNs.
-        relays: The nodes, if rows between them pass the rank across from their source even while ranks are masked, and
+        relays: The nodes, if rows between them pass the rail peer of their source even while ranks are masked, and
             are lost if it is one of them; else masked ranks are in nobody's way.
         unaware: Whether this rank has not masked them itself, and its plans still have their experts.
     """

@@ -26,7 +26,7 @@ from support.on_device import OnDevice
 from support.worlds import run_at_once
 from tokenferry import MoeShape, env
 from tokenferry.backends.base import Resolved
-from tokenferry.backends.cuda.across.backend import Links
+from tokenferry.backends.cuda.across.backend import InternodeLinks
 from tokenferry.backends.cuda.across.puts import region_sizes
 from tokenferry.backends.cuda.runtime import Runtime
 from tokenferry.backends.cuda.setup import assemble, assemble_across
@@ -118,7 +118,7 @@ class Puts:
 
     Attributes:
         weather: What the network does to what is put.
-        mapped: Returns whether a rank's memory is mapped on those across from it.
+        mapped: Returns whether a rank's memory is mapped on its rail peers.
         shape: The largest shape of views; None: the group's.
     """
 
@@ -181,7 +181,7 @@ class EmulatedPair:
         )
         emulated = EmulatedWindow(at.local_rank, window.bases, window.num_bytes)
         if at.num_nodes > 1:
-            links = Links(QueueRails(at, threads.boxes, timeout_s))
+            links = InternodeLinks(QueueRails(at, threads.boxes, timeout_s))
             if threads.network is not None and self._puts is not None:
                 links = replace(links, network=threads.network.network(at, self._puts.mapped))
             backend = assemble_across(emulated, resolved, "emulated", at, links, threads.runtime)

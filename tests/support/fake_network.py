@@ -158,7 +158,7 @@ class FakeNetwork:
 
         Args:
             topology: The nodes, as the rank sees them.
-            mapped: Returns whether the memory of a rank across is mapped.
+            mapped: Returns whether the memory of a rail peer is mapped.
         """
         rail = topology.rail
         peers = [self._regions[rank].data_ptr() if mapped(rank) and rank != topology.rank else 0 for rank in rail]

@@ -14,7 +14,7 @@ from tokenferry.testing.cases import Case
 
 NUM_RANKS = 4
 LOST = 3
-"""The rank that is lost, on node 1 of two; rank 1 is across from it."""
+"""The rank that is lost, on node 1 of two; rank 1 is its rail peer."""
 OTHERS = (0, 1, 2)
 FINDS = {0: frozenset(), 1: {LOST}, 2: {LOST}, LOST: {1, 2}}
 """Whom each rank finds to be lost: it waits for those of its node and of its rail."""

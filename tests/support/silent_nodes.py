@@ -16,7 +16,7 @@ from support.emulated_rails import by_node
 from support.silent_kernels import HEAP_BYTES, Launch, SilentKernel, Window, values_of
 from tokenferry import ExpertGroup, MoeShape
 from tokenferry.backends.base import Resolved
-from tokenferry.backends.cuda.across.backend import Links
+from tokenferry.backends.cuda.across.backend import InternodeLinks
 from tokenferry.backends.cuda.across.nccl_channel import Marks
 from tokenferry.backends.cuda.across.nccl_rails import NcclRails
 from tokenferry.backends.cuda.across.puts import Network, region_sizes
@@ -137,7 +137,7 @@ class SilentNodes:
             table = torch.zeros(1, dtype=torch.int64, device="cpu")
             specs = send_spec.SPEC, receive_spec.SPEC
             network = Network("silent", *specs, sizes, memory.data_ptr(), table, memory)
-        backend = assemble_across(window, resolved, "key", topology, Links(rails, network), runtime)
+        backend = assemble_across(window, resolved, "key", topology, InternodeLinks(rails, network), runtime)
         words += [backend.context.pinned.words, [0]]
         self.group = object.__new__(ExpertGroup)
         self.group._adopt(backend, shape, 20.0)

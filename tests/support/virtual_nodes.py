@@ -183,7 +183,7 @@ class Splitter:
         return [{name: tensor.cpu() for name, tensor in one.items()} for one in found]
 
     def comes(self, rank: int, segment: int) -> list[int]:
-        """Return how many tokens the ranks across say that they send, as the words are before dispatch_rails."""
+        """Return how many tokens the rail peers say that they send, as the words are before dispatch_rails."""
         return [(37 * m + rank) % (segment + 1) for m in range(self.nodes[rank].num_nodes)]
 
     def check_ids(self, rank: int, found: Tensor, apart: int = 0) -> None:

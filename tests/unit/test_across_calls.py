@@ -369,7 +369,7 @@ MASKS = {
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_both_paths_launch_the_same_without_masked_ranks(mask):
-    """By hand, or by a kernel whose wait for the rank across took too long."""
+    """By hand, or by a kernel whose wait for the rail peer took too long."""
     found = []
     for fast_path in (False, True):
         silent = SilentNodes(MoeShape(E, K, H, 8), fast_path=fast_path, puts=True)

@@ -57,14 +57,18 @@ def test_kernels_tell_peers_of_faults_that_break_the_group(fault):
 def test_what_kernels_say_while_a_group_is_closed_is_what_peers_hear(monkeypatch):
     """It names the fault, where the host would say only that this rank has closed the group."""
     closing, written = object.__new__(context.Context), []
-    closing.pinned, closing.window, closing._told_peers = Pinned(pin=False), SimpleNamespace(bases=[0, 1 << 20]), False
+    closing.pinned, closing.window, closing._notified_peers = (
+        Pinned(pin=False),
+        SimpleNamespace(bases=[0, 1 << 20]),
+        False,
+    )
     closing.device, closing.rank, closing.num_ranks = torch.device("cuda", 0), 0, 2
     monkeypatch.setattr(context, "bytes_at", lambda address, *_: written.append(address) or torch.zeros(8))
     for fault, tells in ((Fault.mismatch, False), (Fault.overflow, True)):
         monkeypatch.setattr(torch.cuda, "synchronize", lambda _, found=fault: write_fault(closing.pinned, found))
         closing.pinned.take_record()
-        closing._told_peers = False
-        closing.tell_peers()
+        closing._notified_peers = False
+        closing.notify_peers()
         assert bool(written) is tells
 
 

@@ -11,7 +11,7 @@ import torch
 
 import tokenferry
 from tokenferry import ExpertGroup, MoeShape, Routing, errors
-from tokenferry.backends.cpu.exchange import Kind
+from tokenferry.backends.cpu.exchange import CallKind
 from tokenferry.backends.cuda.signature import KINDS
 from tokenferry.transports import handshake
 
@@ -59,7 +59,7 @@ def test_a_refused_call_keeps_no_memory():
 
 def test_all_phases_of_a_timeout_are_documented():
     """Those of both backends, and of groups that are being made."""
-    names = {*(kind.name for kind in Kind), *KINDS[1:], handshake._CALL.phase}
+    names = {*(kind.name for kind in CallKind), *KINDS[1:], handshake._CALL.phase}
     assert {name for name in names if f'``"{name}"``' not in errors.PeerTimeout.__doc__} == set()
 
 

@@ -328,7 +328,7 @@ class BrokenExchange(Exchange):
 
 
 def test_after_an_error_of_cuda_the_thread_ends_all():
-    """Calls meet it as well, but perhaps none is made, and ranks across from this one wait."""
+    """Calls meet it as well, but perhaps none is made, and the rail peers of this rank wait."""
     reports = mock.Mock()
     with mock.patch(f"{__name__}.Exchange", BrokenExchange):
         rails, channel = make(SOON_S * 10, reports=reports)

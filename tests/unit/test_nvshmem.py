@@ -126,7 +126,7 @@ def make(timeout_s: float = 20.0) -> list[Any]:
 
 
 def test_ranks_initialise_it_together_and_take_memory(libraries):
-    """The table has the memory of the rank across if it is mapped, and the number of that rank in NVSHMEM."""
+    """The table has the memory of the rail peer if it is mapped, and the number of that rank in NVSHMEM."""
     for rank, network in enumerate(make()):
         library = libraries[rank]
         assert library.unique_id == b"one", "that of rank 0"

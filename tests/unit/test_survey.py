@@ -51,7 +51,7 @@ def survey(monkeypatch):
     def run(table: Table, *, reachable: bool, nccl: str = "", **options: Any) -> Any:
         monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: reachable)
         monkeypatch.setattr(setup.nccl, "why_not", lambda: nccl)
-        monkeypatch.setattr(setup, "_table", lambda *_: table)
+        monkeypatch.setattr(setup, "_bootstrap", lambda *_: table)
         on_timeout = options.pop("on_timeout", "raise")
         shape = MoeShape(4, 2, 16, 8)
         resolved = Resolved(shape, "auto", "auto", 5.0, on_timeout == "mask", None, "", **options)
@@ -123,7 +123,7 @@ def test_a_wrong_option_that_is_found_later_is_an_error_of_all(survey, monkeypat
     window = SimpleNamespace(close=lambda: closed.append("window"), has_atomics=True)
     everything = Topology(0, ((0, 1),), "all ranks are on one host")
     monkeypatch.setattr(setup, "_survey", lambda *_: SimpleNamespace(topology=everything, why_not=""))
-    monkeypatch.setattr(setup, "_table", lambda *_: table)
+    monkeypatch.setattr(setup, "_bootstrap", lambda *_: table)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=1 << 30))
     monkeypatch.setattr(setup, "compare_terms", lambda _: None)
     monkeypatch.setattr(setup, "Peers", lambda _: None)

@@ -15,12 +15,12 @@ from tokenferry.backends.cuda.across.decode_forms import rail_sizes
 from tokenferry.backends.cuda.workspace import bytes_of, sizes_for
 from tokenferry.errors import ConfigError
 from tokenferry.kernels.codes import RAIL_CHUNKS
-from tokenferry.tuning import Topology, travel, tune
+from tokenferry.tuning import Machine, travel, tune
 from tokenferry.types import MoeShape
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 V3 = MoeShape(num_experts=256, top_k=8, hidden=7168, max_tokens=4096)
-H200 = Topology(num_ranks=8, num_sms=132)
+H200 = Machine(num_ranks=8, num_sms=132)
 
 
 def sized(max_tokens, hidden=7168):
@@ -88,33 +88,33 @@ def test_small_calls_take_no_more_than_find_work(max_tokens, hidden, numbers):
     ("max_tokens", "measured", "fetched"), [(70, 128, 21), (128, 128, 21), (700, 512, 39), (1 << 17, 8192, 365)]
 )
 def test_reasons_between_two_ranks_quote_what_was_measured_nearest(max_tokens, measured, fetched):
-    _, combine, _, heap = tune(sized(max_tokens), Topology(2, 132)).reasons
+    _, combine, _, heap = tune(sized(max_tokens), Machine(2, 132)).reasons
     for reason in (combine, heap):
         assert f"rows of T={measured} took {fetched} us" in reason
 
 
 def test_reasons_for_few_rows_quote_few_rows():
-    assert not any("T=4096" in reason for reason in tune(sized(128), Topology(2, 132)).reasons)
+    assert not any("T=4096" in reason for reason in tune(sized(128), Machine(2, 132)).reasons)
 
 
 @pytest.mark.parametrize(("num_ranks", "number"), [(2, 35), (4, 16), (8, 16)])
 def test_combine_takes_as_many_as_add_up_what_the_links_bring(num_ranks, number):
     """Fewer rows cross the links of two ranks than of four, so more SMs have to add up: 16 took twice as long as 32."""
-    tuned = tune(V3, Topology(num_ranks, 132))
+    tuned = tune(V3, Machine(num_ranks, 132))
     assert tuned.combine_sms == number
     assert ("189 us with 40 and 371 us with 16" in tuned.reasons[1]) == (num_ranks == 2)
 
 
 @pytest.mark.parametrize(("num_ranks", "number"), [(2, 48), (3, 32), (8, 32)])
 def test_between_two_ranks_more_sms_push_and_add_up(num_ranks, number):
-    tuned = tune(V3, Topology(num_ranks, 132))
+    tuned = tune(V3, Machine(num_ranks, 132))
     assert tuned.push_sms == number
     assert ("220 us, 307 with 24 and 212 with 66 (2 H200)" in tuned.reasons[2]) == (num_ranks == 2)
 
 
 def test_combine_of_one_choice_has_a_most():
     """Each token has one row, which crosses the links in one case of two."""
-    tuned = tune(MoeShape(num_experts=256, top_k=1, hidden=7168, max_tokens=4096), Topology(2, 132))
+    tuned = tune(MoeShape(num_experts=256, top_k=1, hidden=7168, max_tokens=4096), Machine(2, 132))
     assert tuned.combine_sms == 40
 
 
@@ -122,7 +122,7 @@ def test_combine_of_one_choice_has_a_most():
 @pytest.mark.parametrize("num_sms", [1, 8, 20, 132])
 @pytest.mark.parametrize("num_ranks", [1, 2, 8])
 def test_never_more_than_there_are_and_never_none(max_tokens, num_sms, num_ranks):
-    tuned = tune(sized(max_tokens), Topology(num_ranks, num_sms))
+    tuned = tune(sized(max_tokens), Machine(num_ranks, num_sms))
     assert 1 <= tuned.dispatch_sms <= num_sms
     assert 1 <= tuned.combine_sms <= num_sms
     assert 1 <= tuned.push_sms <= num_sms
@@ -137,10 +137,10 @@ def test_some_push_and_some_add_up(num_sms, pushers):
 
 def test_one_rank_uses_no_links():
     """Nothing else limits it, so it takes more SMs."""
-    tuned = tune(V3, Topology(1, 132))
+    tuned = tune(V3, Machine(1, 132))
     assert (tuned.dispatch_sms, tuned.combine_sms, tuned.push_sms) == (40, 64, 64)
     assert all("one rank" in reason for reason in tuned.reasons)
-    assert tune(sized(256), Topology(1, 132)).push_sms == 64, "no rows land late"
+    assert tune(sized(256), Machine(1, 132)).push_sms == 64, "no rows land late"
     assert "T=4096 took 43 us, 86 with 16" in tuned.reasons[0]
     assert "T=4096 took 92 us, 328 with 16" in tuned.reasons[1]
     assert "T=4096 took 60 us, 191 with 16" in tuned.reasons[2]
@@ -148,8 +148,8 @@ def test_one_rank_uses_no_links():
 
 @pytest.mark.parametrize(("ranks", "sms", "name"), [(0, 132, "num_ranks"), (8, 0, "num_sms")])
 def test_topology_refuses(ranks, sms, name):
-    with pytest.raises(ConfigError, match=f"Topology: {name}: expected a positive integer, got 0"):
-        Topology(ranks, sms)
+    with pytest.raises(ConfigError, match=f"Machine: {name}: expected a positive integer, got 0"):
+        Machine(ranks, sms)
 
 
 def test_travel_is_what_targets_say():

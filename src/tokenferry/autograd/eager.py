@@ -66,17 +66,17 @@ class Sent:
     whole: Dispatched[Any]
 
     def kept(self) -> Sent:
-        """Return the same outside of the heap: experts keep rows until backward, and those of all layers do not fit."""
+        """Return a copy outside of the heap: experts keep rows until backward, all of which the heap cannot hold."""
         rows = self.rows
         if isinstance(rows, Quantized):
             rows = Quantized(rows.data.clone(), rows.scale.clone())
-        elif rows is self.whole.x:  # else they have been made since
+        elif rows is self.whole.x:  # otherwise they were computed from the rows that came, and are outside of the heap
             rows = rows.clone()
         return Sent(rows, None if self.weights is None else self.weights.clone(), self.whole)
 
 
 class Calls(ABC):
-    """Calls without gradients, and from them the same calls with gradients."""
+    """The calls with gradients, made from abstract calls without gradients."""
 
     __slots__ = ()
 
@@ -134,7 +134,7 @@ class Calls(ABC):
 
 
 class _Context(Protocol):
-    """What forward leaves for backward: not as saved tensors, of which a plan has many."""
+    """What forward keeps for backward. Not as saved tensors, since a plan has many of them."""
 
     calls: Calls
     plan: Plan

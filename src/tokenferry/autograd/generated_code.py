@@ -3,7 +3,7 @@
 Calls are collective: all ranks have to make them in one order. Inductor knows that of torch's own collectives only. It
 sorts the operators of a graph by their data alone, and so as fusion and peak memory suit it: by sizes, which differ
 between ranks that have different numbers of tokens. Calls that do not need each other's results, of layers side by
-side, or their backward passes, could then come in another order on each rank. And it leaves out what nobody needs: on
+side, or their backward passes, could then come in another order on each rank. It also eliminates what has no use: on
 a rank without tokens, calls whose results only make empty tensors and zeros.
 """
 
@@ -19,7 +19,7 @@ _INDUCTOR = "torch._inductor.lowering"
 
 
 def keep_order(operators: Sequence[OpOverload]) -> None:
-    """Make each of these operators stay, and depend on the one before it in its graph, whichever that is.
+    """Keep each of these operators in its graph, and make it depend on the one of them that comes before it.
 
     Contract: local. Once; and only if Inductor has been imported, as it is when it compiles.
     """
@@ -31,13 +31,13 @@ def keep_order(operators: Sequence[OpOverload]) -> None:
     for operator in operators:
         if operator in lowering.lowerings:
             return
-        constraint = lowering.tag_to_layout_constraint(get_layout_constraint_tag(operator))  # as without this
+        constraint = lowering.tag_to_layout_constraint(get_layout_constraint_tag(operator))  # the default one
         lowering.make_fallback(operator, layout_constraint=constraint)  # type: ignore[no-untyped-call]
         lowering.lowerings[operator] = _after_the_last(operators, lowering.lowerings[operator])
 
 
 def _after_the_last(operators: Sequence[OpOverload], lower: Callable[..., object]) -> Callable[..., object]:
-    """Return what lowers an operator to a kernel of the graph, to be run after that of the last of ``operators``."""
+    """Return a lowering of an operator whose kernel runs after that of the last of ``operators`` in the graph."""
     from torch._inductor.virtualized import V
 
     def lower_in_order(*args: object, **kwargs: object) -> object:

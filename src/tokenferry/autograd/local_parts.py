@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 _TO_LOCAL_ONCE = torch.__version__.startswith("2.11.")
-"""Whether the gradient of ``DTensor.to_local()`` has none itself, as is so in the oldest torch that we know."""
+"""Whether the gradient of ``DTensor.to_local()`` is not differentiable, as in the oldest torch that is supported."""
 
 
 def trained_part(parameter: Any) -> Tensor:  # noqa: ANN401 - a DTensor
     """Return what this rank holds of a DTensor, for products; differentiable any number of times.
 
-    That is ``to_local()``, but for torch 2.11, whose gradient of it has none itself: second derivatives would lack what
-    comes of the weights of experts, without a word where they have other parts. Compiled code has none anyway, and
-    where no gradients are made ``to_local()`` may stand inside of a transform of torch.func, which a Function may not.
+    This is ``to_local()``, except in torch 2.11, where its gradient is not differentiable: second derivatives would
+    silently lack the terms of the experts' weights. Compiled code has no second derivatives anyway. Without gradients
+    ``to_local()`` works inside of a transform of torch.func, where a Function does not.
     """
     part: Tensor
     if _TO_LOCAL_ONCE and torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -37,7 +37,7 @@ class _TrainedPart(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:  # noqa: ANN401 - a DTensor
         from torch.distributed.tensor import DTensor, Replicate
 
-        # Of each addend of a sum the gradient is the whole one.
+        # The gradient of a sum is the gradient of each of its addends.
         placements = [Replicate() if each.is_partial() else each for each in ctx.placements]
         whole = DTensor.from_local(grad, ctx.mesh, placements, run_check=False)
         if whole.shape == ctx.shape:

@@ -171,7 +171,7 @@ class CallSms:
 
 
 class QuickChecks(Protocol):
-    """Checks of arguments that take a microsecond and have no words: False only means that better ones must decide."""
+    """Checks of arguments that take a microsecond and give no messages: False means that full checks must decide."""
 
     def dispatch_looks_right(self, x: Any, routing: Any, options: Any) -> bool:  # noqa: ANN401 - arguments of a user
         """Return whether the arguments of a dispatch are certainly right."""
@@ -207,7 +207,7 @@ class QuickChecks(Protocol):
 
 
 class FastPath(Protocol):
-    """Calls that need no words: each method makes the call, or returns None, having done nothing.
+    """Calls without full checks: each method makes the call, or returns None, having done nothing.
 
     The arguments are those of the call of the same name in `tokenferry.api`, unchecked.
     """
@@ -260,11 +260,11 @@ def not_received() -> PlanError:
 
 
 CLOSED = "was closed"
-"""Why a backend has ended that its program has closed."""
+"""The value of `Backend.broken` after the program has closed the group."""
 
 
 class Interruptible(Protocol):
-    """What an interrupt behind the last message of a call would leave a call ahead of what its caller knows.
+    """A backend that handles an interrupt after the last message of a call: it is then a call ahead of its caller.
 
     Attributes:
         latest_call: The call that has begun last, or what stands for it.
@@ -274,7 +274,7 @@ class Interruptible(Protocol):
     def latest_call(self) -> Any: ...  # noqa: ANN401, D102 - known to the backend only
 
     def interrupted(self, call: str, before: Any, error: BaseException) -> None:  # noqa: ANN401 - likewise
-        """Break the backend if something was sent since ``before``, which was `latest_call`: ``error`` hides it."""
+        """Break the backend if anything was sent since `latest_call` was ``before``; the caller gets ``error``."""
 
 
 class Backend(Protocol):
@@ -292,7 +292,7 @@ class Backend(Protocol):
         checks_routing: Whether indices outside [-1, E), and tokens that go to more nodes than the shape allows, are
             found where the rows are, so that the host need not check.
         num_host_sizes: Length of ``Plan._host_sizes``.
-        interruptible: What is told of exceptions that come before a call has returned.
+        interruptible: Handles exceptions that are raised before a call has returned.
     """
 
     name: str

@@ -14,7 +14,7 @@ from tokenferry.transports.refused import resource_error
 
 _log = logging.getLogger("tokenferry")
 _announced: set[str] = set()
-"""The choices that a program has seen."""
+"""The choices that have been logged already."""
 
 
 def make_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Backend:
@@ -70,10 +70,10 @@ def _decline_cuda(group: dist.ProcessGroup | None, resolved: Resolved, error: Ex
     why = str(resource_error("loading the CUDA backend", error) or f"the CUDA backend cannot be loaded ({error})")
     if group is None or group.size() == 1:
         return why
-    table = Bootstrap(group, resolved.timeout_s)
+    bootstrap = Bootstrap(group, resolved.timeout_s)
     trouble = f" that works: {why}"
     compare_terms(
-        table.exchange({"terms": resolved.terms, "host": "", "process": "", "device": None, "trouble": trouble})
+        bootstrap.exchange({"terms": resolved.terms, "host": "", "process": "", "device": None, "trouble": trouble})
     )
-    reason = agree(table, f"rank {group.rank()}: {why}")
-    return agree(table, reason)
+    reason = agree(bootstrap, f"rank {group.rank()}: {why}")
+    return agree(bootstrap, reason)

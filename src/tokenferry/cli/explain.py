@@ -17,7 +17,7 @@ from tokenferry.cli.output import add_json, write_json
 from tokenferry.cli.screen import Screen
 from tokenferry.cost.calls import FIXED_US, PLACES_US
 from tokenferry.errors import ConfigError
-from tokenferry.tuning import Topology
+from tokenferry.tuning import Machine
 from tokenferry.types import MoeShape
 
 DESCRIPTION = """\
@@ -93,8 +93,8 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     """Print it."""
     check_experts(args, args.ranks)
     _check_cuda(args)
-    shape, topology = MoeShape(args.experts, args.top_k, args.hidden, args.tokens), Topology(args.ranks, args.sms)
-    found = explained(shape, topology, args.gbps)
+    shape, machine = MoeShape(args.experts, args.top_k, args.hidden, args.tokens), Machine(args.ranks, args.sms)
+    found = explained(shape, machine, args.gbps)
     show(found, args.gbps, screen)
     if args.json is not None:
         write_json({"schema": 1, **about.about(args.command_line), **found}, args.json, screen)
@@ -113,19 +113,19 @@ def _check_cuda(args: argparse.Namespace) -> None:
         raise ConfigError(why)
 
 
-def explained(shape: MoeShape, topology: Topology, link: Link = NVLINK) -> dict[str, Any]:
+def explained(shape: MoeShape, machine: Machine, link: Link = NVLINK) -> dict[str, Any]:
     """Return everything that is computed, ready for JSON. Pure."""
-    ranks, tokens = topology.num_ranks, shape.max_tokens
+    ranks, tokens = machine.num_ranks, shape.max_tokens
     moved = tuning.travel(shape, ranks, tokens, 1)
     return {
-        "sizes": {"ranks": ranks, "sms": topology.num_sms, **asdict(shape)},
+        "sizes": {"ranks": ranks, "sms": machine.num_sms, **asdict(shape)},
         "link_gbps": link.gbps,
         "link": link.why,
         "ranks_per_token": moved.ranks_per_token,
         "remote_per_token": moved.remote_per_token,
         "rows_received": moved.rows_received,
-        "calls": list(_calls(shape, topology, link.gbps)),
-        "reasons": list(tuning.tune(shape, topology).reasons),
+        "calls": list(_calls(shape, machine, link.gbps)),
+        "reasons": list(tuning.tune(shape, machine).reasons),
         "heap_bytes": tuning.heap_bytes(shape, ranks),
         "heap_rows": ranks * tokens,
     }
@@ -183,8 +183,8 @@ def show(found: Mapping[str, Any], link: Link, screen: Screen) -> None:
     screen.line("at most a quarter of the device's memory; TOKENFERRY_HEAP_MB (MiB) takes precedence")
 
 
-def _calls(shape: MoeShape, topology: Topology, gbps: float) -> Iterator[dict[str, Any]]:
-    tuned = tuning.tune(shape, topology)
+def _calls(shape: MoeShape, machine: Machine, gbps: float) -> Iterator[dict[str, Any]]:
+    tuned = tuning.tune(shape, machine)
     fp8, bf16 = shape.hidden + 4 * -(-shape.hidden // FP8_COLUMNS), 2 * shape.hidden
     store = tuning.gbps(tuning.STORE_GBPS, tuned.dispatch_sms)
     load = tuning.gbps(tuning.LOAD_GBPS, tuned.combine_sms)
@@ -197,7 +197,7 @@ def _calls(shape: MoeShape, topology: Topology, gbps: float) -> Iterator[dict[st
     ):
         if row_bytes == fp8 and shape.hidden % 16:
             continue  # such rows are no multiple of 16 bytes
-        moved = tuning.travel(shape, topology.num_ranks, shape.max_tokens, row_bytes).bytes_out
+        moved = tuning.travel(shape, machine.num_ranks, shape.max_tokens, row_bytes).bytes_out
         yield {
             "call": name,
             "row_bytes": row_bytes,

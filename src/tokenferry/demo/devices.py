@@ -16,7 +16,7 @@ MIN_CAPABILITY = (8, 0)
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
+class DemoDevices:
     """The devices of the demo.
 
     Attributes:
@@ -36,7 +36,7 @@ def gpu_capabilities() -> list[tuple[int, int]]:
     return [torch.cuda.get_device_capability(i) for i in range(count)]
 
 
-def choose(requested: str, ranks: int | None, capabilities: Sequence[tuple[int, int]]) -> Placement:
+def choose(requested: str, ranks: int | None, capabilities: Sequence[tuple[int, int]]) -> DemoDevices:
     """Choose the device and the number of ranks.
 
     ``auto`` takes the GPUs if there are at least two, backend cuda supports all, and each rank gets its own.
@@ -65,10 +65,10 @@ def choose(requested: str, ranks: int | None, capabilities: Sequence[tuple[int, 
     if requested == "cuda" or (requested == "auto" and not why_not):
         ranks = ranks or next(power for power in (8, 4, 2, 1) if power <= count)
         shared = f", sharing {count} GPU(s): slow" if ranks > count else f", one on each of {ranks} GPU(s)"
-        return Placement("cuda", ranks, f"device: cuda, {several(ranks, 'rank')}{shared}")
+        return DemoDevices("cuda", ranks, f"device: cuda, {several(ranks, 'rank')}{shared}")
     ranks = ranks or CPU_RANKS
     why = f" (auto: torch sees {count} GPU(s); {why_not})" if requested == "auto" else ""
-    return Placement("cpu", ranks, f"device: cpu, {several(ranks, 'rank')}{why}")
+    return DemoDevices("cpu", ranks, f"device: cpu, {several(ranks, 'rank')}{why}")
 
 
 def _dotted(capability: tuple[int, int]) -> str:

@@ -87,7 +87,7 @@ class Received:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Exchange(Calls):
+class BatchExchange(Calls):
     """One exchange: the group that moves the rows, and the batch that they are from.
 
     Attributes:
@@ -156,6 +156,6 @@ class Exchange(Calls):
         assert sums.topk_weights is not None
         return x, self.sharers.whole(sums.topk_weights.to(weights.dtype), self.num_tokens)
 
-    def for_weights(self) -> Exchange:
+    def for_weights(self) -> BatchExchange:
         """Return the exchange of a view that the group keeps."""
         return replace(self, group=for_weights(self.group))

@@ -39,7 +39,7 @@ from tokenferry.api import ExpertGroup
 from tokenferry.autograd.local_parts import trained_part
 from tokenferry.errors import ArgumentError, BackendUnavailable, ConfigError
 from tokenferry.integrations.dispatched_experts import STYLE, DispatchedExperts, run_local_experts
-from tokenferry.integrations.exchange import Exchange, Received, Sharers
+from tokenferry.integrations.exchange import BatchExchange, Received, Sharers
 from tokenferry.integrations.grouped_experts import GroupedExperts
 from tokenferry.integrations.versions import installed, warn_unless_tried
 from tokenferry.types import CountsLocation, DispatchOptions, Layout, MoeShape
@@ -173,7 +173,7 @@ class ExpertParallel:
         on_device = captured or (self.shares_batch and not torch.is_grad_enabled())
         most = max(1, self.sharers.most(num_tokens)) if on_device else _ANY_NUM_TOKENS
         shape = MoeShape(self.num_experts, top_k_index.shape[1], hidden, most)
-        exchange = Exchange(self._view(shape, hidden_states.device, captured=captured), self.sharers, num_tokens)
+        exchange = BatchExchange(self._view(shape, hidden_states.device, captured=captured), self.sharers, num_tokens)
         options = _OPTIONS["device" if on_device else "host"]
         received = exchange.send(hidden_states, top_k_index, top_k_weights, options)
         y = self._run_experts(received)

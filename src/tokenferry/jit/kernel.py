@@ -270,7 +270,7 @@ class Jit:
         with ThreadPoolExecutor(_COMPILE_THREADS) as pool:
             kernels = deque(pool.submit(self.kernel, spec, **config) for spec in specs for config in spec.configs)
             while kernels:
-                kernels.popleft().result()  # not of a variable: what it raises holds this frame
+                kernels.popleft().result()  # no variable: the traceback of what it raises refers to this frame
 
     def close(self) -> None:
         """Unload all kernels. None may still run, and no CUDA graph that holds one may be replayed afterwards."""
@@ -329,7 +329,7 @@ class Jit:
                     raise
             return build.result()
         finally:
-            del build  # it keeps the error, which holds this frame
+            del build  # it keeps the error, whose traceback refers to this frame
 
     def _build(self, spec: KernelSpec, config: _Config) -> bytes:
         unit, version = spec.unit(dict(config), self._arch, peer_atomics=self._peer_atomics), compiler.version()

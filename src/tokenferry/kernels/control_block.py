@@ -146,8 +146,8 @@ def _fields() -> list[Field]:
         Field("layout_counts", "u32", (MAX_COUNTS + MAX_NODES,), "dispatch_layout: tokens of experts, ranks, nodes"),
         Field("crossed", "u32", (), "rail_send: number of the last exchange with other nodes"),
         Field("packed", "u32", (), "decode_pack: number of the last decode dispatch"),
-        Field("masked_nodes", "u32", (NODE_WORDS,), "a bit for each node whose rank across decode calls leave out"),
-        Field("untold_nodes", "u32", (NODE_WORDS,), "those of them that a kernel has masked, and not told yet"),
+        Field("masked_nodes", "u32", (NODE_WORDS,), "a bit for each node whose rail peer decode calls leave out"),
+        Field("untold_nodes", "u32", (NODE_WORDS,), "those of them that a kernel has masked, and not notified yet"),
     ]
     rest = CONTROL_BLOCK_BYTES - sum(field.num_bytes for field in fields)
     return [*fields, Field("rest", "u8", (rest,), "the rest, up to the heap")]
@@ -218,15 +218,15 @@ HOST_UNITS_WORD = HEADER.constant(
 )
 HOST_EXPERTS_WORD = HEADER.constant("kHostExpertsWord", HOST_UNITS_WORD + 1, "L words: rows of each local expert")
 
-# ---- across nodes: what dispatch_split reports to the host, in memory of its own, and to the ranks across from it
+# ---- across nodes: what dispatch_split reports to the host, in memory of its own, and to its rail peers
 
 RAIL_SPACE_WORD = HEADER.constant(
     "kRailSpaceWord", ROWS_WORD + 1, "rows from the reader that the sender expects along its plan"
 )
 RAIL_WORDS = HEADER.constant(
-    "kRailWords", RAIL_SPACE_WORD + 1, "words for a rank across: the signature; in kRowsWord the rows for it; the above"
+    "kRailWords", RAIL_SPACE_WORD + 1, "words for a rail peer: the signature; in kRowsWord the rows for it; the above"
 )
-NOTHING_CAME = HEADER.constant("kNothingCame", 0xFFFFFFFF, "in place of the state of a rank across")
+NOTHING_CAME = HEADER.constant("kNothingCame", 0xFFFFFFFF, "in place of the state of a rail peer")
 HOST_ROWS_WORD = HEADER.constant("kHostRowsWord", 1, "rows to all ranks; word 0 is the call number")
 HOST_NODES_WORD = HEADER.constant("kHostNodesWord", 2, "N words: tokens for each node")
 HOST_CAME_WORD = HEADER.constant("kHostCameWord", 1, "N words: tokens from each node; word 0 is the call number")

@@ -37,7 +37,7 @@ class Field:
 
 
 @dataclass(frozen=True)
-class Layout:
+class StructLayout:
     """Where the fields of a struct lie.
 
     Attributes:
@@ -82,7 +82,7 @@ class Header:
         self._lines.append(f"constexpr u32 {name} = {value};  // {meaning}")
         return value
 
-    def struct(self, name: str, fields: Sequence[Field]) -> Layout:
+    def struct(self, name: str, fields: Sequence[Field]) -> StructLayout:
         """Declare a struct of words, with a static_assert on its size and on the offset of every field.
 
         Args:
@@ -90,7 +90,7 @@ class Header:
             fields: The fields, in order; each has to lie at a multiple of its item's size, so that there is no padding.
 
         Returns:
-            Layout: Where the fields lie.
+            StructLayout: Where the fields lie.
         """
         offsets, end = {}, 0
         for field in fields:
@@ -112,4 +112,4 @@ class Header:
             f"static_assert(sizeof({name}) == {end});",
             "",
         ]
-        return Layout(tuple(fields), offsets, end)
+        return StructLayout(tuple(fields), offsets, end)

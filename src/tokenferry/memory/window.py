@@ -20,7 +20,7 @@ from tokenferry.jit.driver import Device, check
 from tokenferry.memory.heap import Heap
 from tokenferry.memory.reach import describe, has_atomics, why_not
 from tokenferry.memory.streams import CudaStreams
-from tokenferry.transports.handshake import Exchange, agree
+from tokenferry.transports.handshake import HandshakeExchange, agree
 
 _PAGE = 2 << 20
 """Allocations are multiples of this: smaller ones share a page with others, which IPC would then share too."""
@@ -156,7 +156,7 @@ class Window:
 
 
 def share(
-    table: Exchange | None,
+    bootstrap: HandshakeExchange | None,
     rank: int,
     node: Sequence[int],
     device: torch.device,
@@ -168,7 +168,7 @@ def share(
     When it returns, every rank has mapped these windows, and the first ``zero_bytes`` of each (all, if None) are zero.
 
     Args:
-        table: The exchange of handshakes; may be None for a group of one rank.
+        bootstrap: The exchange of handshakes; may be None for a group of one rank.
         rank: This rank.
         node: The ranks that share windows, this one included; they are numbered from 0 in the window.
         device: GPU of this rank; ranks may share one.
@@ -180,24 +180,24 @@ def share(
             the ranks are on several hosts or more than 8, or there is not enough memory. Names the rank.
         PeerTimeout: a rank did not answer.
     """
-    handshakes = _exchange(table, describe(device))
+    handshakes = _exchange(bootstrap, describe(device))
     reason = why_not(handshakes, rank, node)
     memory: Memory | None = None
     offer = {"address": 0, "handle": ""}
     if not reason:
         try:
             memory = Memory(Device(device.index or 0), num_bytes, num_bytes if zero_bytes is None else zero_bytes)
-            offer = {"address": memory.address, "handle": memory.handle() if table else ""}
+            offer = {"address": memory.address, "handle": memory.handle() if bootstrap else ""}
         except BackendUnavailable as error:
             reason = f"rank {rank}: {error}"
-    offers = _exchange(table, {"why_not": reason, **offer})
+    offers = _exchange(bootstrap, {"why_not": reason, **offer})
     reason = next((handshake["why_not"] for handshake in offers if handshake["why_not"]), "")
     if reason or memory is None:
         raise BackendUnavailable(f"ranks cannot share GPU memory: {reason}")
     window = Window(node.index(rank), device, num_bytes, (memory,), (memory.address,) * len(node))
     window.has_atomics = has_atomics(handshakes, rank, node)
     reason = window._reach([{**handshakes[peer], **offers[peer]} for peer in node], node)
-    reason = agree(table, reason) if table else reason
+    reason = agree(bootstrap, reason) if bootstrap else reason
     if reason:
         window.close()
         raise BackendUnavailable(f"ranks cannot share GPU memory: {reason}")
@@ -216,9 +216,9 @@ def share_in_process(num_ranks: int, device: torch.device, num_bytes: int) -> li
     return [Window(rank, device, num_bytes, memories, bases) for rank in range(num_ranks)]
 
 
-def _exchange(table: Exchange | None, handshake: dict[str, Any]) -> list[dict[str, Any]]:
+def _exchange(bootstrap: HandshakeExchange | None, handshake: dict[str, Any]) -> list[dict[str, Any]]:
     """Return every rank's handshake; a group of one has only its own."""
-    return table.exchange(handshake) if table else [handshake]
+    return bootstrap.exchange(handshake) if bootstrap else [handshake]
 
 
 def _map(device: Device, handle: bytes) -> int:

@@ -1,4 +1,4 @@
-"""What a layer asks of its experts, whoever has made them, and whenever their parameters came."""
+"""What a layer requires of its experts, whoever made them, and whenever their parameters were added."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def check_graph(result: Tensor, rows: Tensor, values: Sequence[Tensor]) -> None:
     """Raise ConfigError if backward of what experts have returned would repeat a part that has parameters. Local.
 
     A checkpoint with ``use_reentrant=True`` would find their parameters as they are in the layer, and replicas would
-    get different gradients without a word. Those that are its arguments are in the graph, and right.
+    silently get different gradients. Those that are its arguments are in the graph, and right.
 
     Args:
         result: What the experts returned.

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from tokenferry.api import ExpertGroup
 from tokenferry.errors import ConfigError
 from tokenferry.nn.grouped import Product, by_expert
-from tokenferry.nn.seeds import FIRST_EXPERT_STREAM, drawn, drawn_or_none, generator, normal
+from tokenferry.nn.seeds import FIRST_EXPERT_STREAM, find_initialised_tensor, generator, initialised_tensor, normal
 from tokenferry.nn.sharding import fill, local_part
 from tokenferry.nn.wrappers import unwrapped
 
 
 class SeededExperts(nn.Module):
-    """Base class of our experts: a few matrices for each expert, drawn from a seed.
+    """Base class of our experts: a few matrices for each expert, initialised from a seed.
 
     The values do not depend on the rank that holds the expert, nor on the dtype.
     """
@@ -37,7 +37,7 @@ class SeededExperts(nn.Module):
         device = torch.get_default_device()
         device = device if device.type == "meta" else group.device
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        self.drawn = tuple(sizes)
+        self.weight_names = tuple(sizes)
         for weight, (inner, outer) in sizes.items():
             empty = torch.empty(group.num_local_experts, inner, outer, dtype=dtype, device=device)
             self.register_parameter(weight, nn.Parameter(empty))
@@ -45,42 +45,43 @@ class SeededExperts(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the parameters from the seed: the experts as they were made.
+        """Initialise the parameters from the seed: the experts as they were made.
 
         Contract: local. Parameters on the meta device stay without values. What was added since the experts were made,
-        such as adapters, is left as it is. Of a parameter that torch's ``parametrize`` computes, the original is drawn.
+        such as adapters, is left as it is. Of a parameter that torch's ``parametrize`` computes, the original is
+        initialised.
 
         Raises:
-            ConfigError: a parameter is computed from several tensors, or is there no more. Nothing was drawn.
+            ConfigError: a parameter is computed from several tensors, or no longer exists. Nothing was initialised.
         """
-        weights = [drawn(self, weight) for weight in self.drawn]
+        weights = [initialised_tensor(self, weight) for weight in self.weight_names]
         parts = [local_part(weight) for weight in weights]
         if parts[0].device.type == "meta":
             return
         size = len(self.numbers)
         if any(part.shape != (size, *weight.shape[1:]) for part, weight in zip(parts, weights, strict=True)):
             # A tool has sharded the experts of this rank, such as FSDP2 those of a group of one rank.
-            draws = [list(self._draws(number, weights)) for number in self.numbers]
-            for weight, of_experts in zip(weights, zip(*draws, strict=True), strict=True):
+            per_expert = [list(self._initial_values(number, weights)) for number in self.numbers]
+            for weight, of_experts in zip(weights, zip(*per_expert, strict=True), strict=True):
                 fill(weight, torch.stack(of_experts))
             return
         for i, number in enumerate(self.numbers):
-            for part, values in zip(parts, self._draws(number, weights), strict=True):
+            for part, values in zip(parts, self._initial_values(number, weights), strict=True):
                 part[i].copy_(values)
 
-    def _draws(self, number: int, weights: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Yield what belongs to an expert in each of the parameters."""
-        draws = generator(type(self).__name__, self.seed, FIRST_EXPERT_STREAM + number)
+    def _initial_values(self, number: int, weights: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Yield the initial values of an expert in each of the parameters."""
+        source = generator(type(self).__name__, self.seed, FIRST_EXPERT_STREAM + number)
         for weight in weights:
             inner, outer = weight.shape[1:]
-            yield normal(draws, inner, outer) * inner**-0.5
+            yield normal(source, inner, outer) * inner**-0.5
 
 
 def seeded_parameters(experts: nn.Module) -> set[nn.Parameter | None]:
-    """Return the parameters that `SeededExperts.reset_parameters` draws alike wherever an expert is."""
+    """Return the parameters that `SeededExperts.reset_parameters` initialises alike wherever an expert is."""
     ours = unwrapped(experts)
     if isinstance(ours, SeededExperts) and type(ours).reset_parameters is SeededExperts.reset_parameters:
-        return {drawn_or_none(ours, weight) for weight in ours.drawn}
+        return {find_initialised_tensor(ours, weight) for weight in ours.weight_names}
     return set()
 
 

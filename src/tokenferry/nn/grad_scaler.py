@@ -21,7 +21,7 @@ class GradScaler(torch.amp.GradScaler):
 
     Contract:
         Collective: `unscale_`, and `step` unless `unscale_` came before, over the ranks of all experts among the
-            parameters of the optimizer, and over those that hold the same experts, if `parallelize` was told. An
+            parameters of the optimizer, and over those that hold the same experts, if `parallelize` was given them. An
             infinity or NaN in a gradient of one rank makes all of them leave the step out, and `update` lowers the
             scale of all alike.
         Gradients: those of replicated parameters have to be averaged over the ranks before, as always. They may be

@@ -59,9 +59,10 @@ class MoELayer(nn.Module):
             them. Those of the router, and of every replicated parameter, have to be
             averaged over the ranks, as DistributedDataParallel and FSDP2 do; see `expert_parameters`,
             `replicated_parameters` and `parallelize`.
-        Parameters: our experts are drawn separately for each of the E experts, so that a seed gives the same layer for
-            every R. The router's are float32. With several ranks those of all experts are DTensors ``[E, ...]``, of
-            which each rank holds its part: state_dict, checkpoints, optimizers and norms are those of all experts.
+        Parameters: our experts are initialised separately for each of the E experts, so that a seed gives the same
+            layer for every R. The router's are float32. With several ranks those of all experts are DTensors
+            ``[E, ...]``, of which each rank holds its part: state_dict, checkpoints, optimizers and norms are those of
+            all experts.
         Device: the group's, whatever torch's default device; only under ``torch.device("meta")``, meta: then
             ``to_empty(device=group.device)`` and `reset_parameters` give the same layer.
         torch.autocast: as in `torch.nn.Linear`, rows and experts are cast to its dtype (float64 ones are not), rows
@@ -80,9 +81,10 @@ class MoELayer(nn.Module):
         router: A module that maps ``[T, H]`` to a `Routing` with weights; None: `Router` with softmax, on the group's
             device. A `Router` has the group's H, E and K, and must not be able to choose more nodes than
             ``MoeShape.max_nodes``, which takes a `GroupLimit` if that is few; other routers are checked in each call.
-            A `tokenferry.nn.balance.PlacedRouter` says which expert each slot holds, for the layer to draw.
+            A `tokenferry.nn.balance.PlacedRouter` says which expert each slot holds, so that the layer can initialise
+            it.
         options: Shared experts, and how rows travel; None: `LayerOptions` as they are by default.
-        seed: Seed of the parameters that the layer draws, in 0 .. 2^40 - 1; the same on every rank.
+        seed: Seed of the parameters that the layer initialises, in 0 .. 2^40 - 1; the same on every rank.
         dtype: dtype of the experts that the layer makes; None: torch's default dtype, as for the modules of `torch.nn`.
 
     Attributes:
@@ -138,12 +140,12 @@ class MoELayer(nn.Module):
         _check_router(group, router)
         self.router = router
         if experts is None and self._placed is not None:
-            self._draw_experts()
+            self._initialise_experts()
         self.shared = self.options.shared
         self._sharded = False
-        # What `parallelize` was told of the ranks that hold the same experts: backward averages over them.
+        # The ranks that hold the same experts, given to `parallelize`: backward averages over them.
         self._same_experts: SameExperts | None = None
-        self._told = False  # be it that there are none
+        self._replicate_given = False  # also if there are none
         # Names of parameters that had no values to make equal where experts are the same: training raises.
         self._unequal = ""
         self._checked = (0, False, "")  # the experts whose graph was looked at, and how they were
@@ -313,17 +315,17 @@ class MoELayer(nn.Module):
         return loads
 
     def reset_parameters(self) -> None:
-        """Draw the parameters again, from the seeds, into the tensors that they are in: the layer as it was made.
+        """Initialise the parameters again from the seeds, in place: the layer as it was made.
 
         Contract: local. Parameters on the meta device stay without values. Experts and routers of other classes than
         those of `tokenferry.nn` are left alone.
         """
-        self._draw_experts()
+        self._initialise_experts()
         router = unwrapped(self.router)
         if isinstance(router, Router | PlacedRouter):
             router.reset_parameters()
 
-    def _draw_experts(self) -> None:
+    def _initialise_experts(self) -> None:
         experts, placed = unwrapped(self.experts), self._placed
         if not isinstance(experts, SeededExperts):
             return

@@ -72,8 +72,8 @@ def update_biases(model: nn.Module, *, rate: float = 0.001) -> None:
     the optimizer. A router that several layers share takes one step, for the sum of their loads.
 
     Contract: collective, one all-reduce over each process group, and one over the ranks with the same experts that
-    `parallelize` was told of; every rank gets the same biases. Loads are those of forward passes in training mode; a
-    pass that a checkpoint repeats does not count, unless it is compiled.
+    `parallelize` was given; every rank gets the same biases. Loads are those of forward passes in training mode; a pass
+    that a checkpoint repeats does not count, unless it is compiled.
 
     Args:
         model: A module with at least one `MoELayer` whose router is a `Router` with a bias.
@@ -81,8 +81,8 @@ def update_biases(model: nn.Module, *, rate: float = 0.001) -> None:
 
     Raises:
         ConfigError: there is no such layer; or its router may be that of more ranks than those whose loads are added
-            up: its group is smaller than the default process group, and `parallelize` was not told which ranks hold the
-            same experts, or was told fewer than those of DistributedDataParallel or FSDP2. No bias was changed.
+            up: its group is smaller than the default process group, and `parallelize` was not given the ranks that hold
+            the same experts, or was given fewer than those of DistributedDataParallel or FSDP2. No bias was changed.
         RuntimeError: torch's, if a rank does not come within the timeout of the process group, which is not
             ``timeout_s``; NCCL's watchdog may end the process instead. No bias of this rank was changed; its loads
             since the last call are lost.
@@ -118,7 +118,7 @@ def _check_counted(model: nn.Module, name: str, layer: MoELayer) -> None:
     sharers = 1 if mesh is None else mesh.size()
     if isinstance(model, DistributedDataParallel):
         sharers = model.process_group.size()
-    if not layer._told and dist.is_initialized():
+    if not layer._replicate_given and dist.is_initialized():
         sharers = dist.get_world_size()
     if counted < sharers:
         raise ConfigError(

@@ -44,14 +44,14 @@ def parallelize(
     Contract: local, without ``replicate``; with a mesh or a process group there collective over these ranks, which get
     the experts of the first of them, with their buffers, as DistributedDataParallel does it with the rest. With a
     `PlacedRouter` that has replicas collective over the group: all replicas of an expert become its first one, also of
-    parameters that were registered after the experts were drawn. Replaces the
-    parameters if ``mesh`` is another than theirs: call it before the optimizer is made, and before hooks are
-    registered, on every rank. Gradients and attributes of parameters are kept, and parameters that are one stay one.
-    What DistributedDataParallel was told to ignore before stays ignored. If it raises ConfigError, nothing was changed.
+    parameters that were registered after the experts were initialised. Replaces the parameters if ``mesh`` is another
+    than theirs: call it before the optimizer is made, and before hooks are registered, on every rank. Gradients and
+    attributes of parameters are kept, and parameters that are one stay one. What DistributedDataParallel was told to
+    ignore before stays ignored. If it raises ConfigError, nothing was changed.
 
-    It may be called again, also after the tool: then without ``replicate`` layers keep what they were told, and the
-    ranks get the same experts again. Experts on the meta device need that if they are not ours, which are drawn alike
-    on all ranks: call it again when they have values; forward raises without it.
+    It may be called again, also after the tool: then without ``replicate`` layers keep what they were given, and the
+    ranks get the same experts again. Experts on the meta device need that if they are not ours, which are initialised
+    alike on all ranks: call it again when they have values; forward raises without it.
 
     Args:
         model: A module with any number of `MoELayer`, which may be on the meta device.
@@ -87,7 +87,7 @@ def parallelize(
     spread = {name: layer for name, layer in layers.items() if layer.group.num_ranks > 1}
     given = _same_experts(replicate)
     for name, layer in layers.items():
-        _check_told(name, layer, told=replicate is not None or layer._told)
+        _check_replicate_given(name, layer, given=replicate is not None or layer._replicate_given)
         same_experts = layer._same_experts if replicate is None else given
         if same_experts is not None:
             _check_same(same_experts, name, layer)
@@ -102,7 +102,7 @@ def parallelize(
             layer._place_experts(mesh, known)
     if replicate is not None:
         for layer in layers.values():
-            layer._same_experts, layer._told = given, True
+            layer._same_experts, layer._replicate_given = given, True
     experts = {parameter for layer in spread.values() for parameter in layer.expert_parameters()}
     for layer in layers.values():
         layer._unequal = ", ".join(_share(layer))
@@ -124,14 +124,14 @@ def parallelize(
 def _share(layer: MoELayer) -> list[str]:
     """Make the experts of ranks that hold the same ones equal, or replicas; return what has no values to share yet.
 
-    Ours are left out, which are drawn from one seed on all ranks, and in all slots, when they get values.
+    Ours are left out, which are initialised from one seed on all ranks, and in all slots, when they get values.
     """
     group, placed = layer.group, layer._placed
     same_experts = layer._same_experts if group.num_ranks > 1 else None  # else tools copy or shard them
     redundant = placed is not None and placed.is_redundant
     if same_experts is None and not redundant:
         return []
-    drawn = seeded_parameters(layer.experts)
+    seeded = seeded_parameters(layer.experts)
     tensors = {**dict(layer.experts.named_parameters()), **dict(layer.experts.named_buffers())}
     if same_experts is not None:
         for tensor in tensors.values():
@@ -140,13 +140,13 @@ def _share(layer: MoELayer) -> list[str]:
         # What a tool has sharded, of a group of one rank, it has in other parts.
         own = [tensor for tensor in tensors.values() if group.num_ranks > 1 or not hasattr(tensor, "device_mesh")]
         make_replicas_equal(group, placed._current(), [local_part(tensor).detach() for tensor in own])
-    return [name for name, value in tensors.items() if value.is_meta and value not in drawn]
+    return [name for name, value in tensors.items() if value.is_meta and value not in seeded]
 
 
-def _check_told(name: str, layer: MoELayer, *, told: bool) -> None:
-    """Raise ConfigError if there are ranks outside of the group of a layer, and nobody has said what they hold."""
+def _check_replicate_given(name: str, layer: MoELayer, *, given: bool) -> None:
+    """Raise ConfigError if there are ranks outside of the group of a layer, and it was not given what they hold."""
     num_ranks, all_ranks = layer.group.num_ranks, dist.get_world_size() if dist.is_initialized() else 1
-    if num_ranks < all_ranks and not told:
+    if num_ranks < all_ranks and not given:
         raise ConfigError(
             f"parallelize: replicate: the group of {name or 'model'!r} has {num_ranks} of {all_ranks} ranks; pass the "
             "ranks that hold the same experts as this one, e.g. replicate=mesh['replicate'], or replicate=False if "
@@ -182,12 +182,12 @@ def _check_same(same_experts: SameExperts, name: str, layer: MoELayer) -> None:
         )
     if layer.group.process_group is None:
         return
-    told = dist.get_process_group_ranks(same_experts.group)
+    same = dist.get_process_group_ranks(same_experts.group)
     group = dist.get_process_group_ranks(layer.group.process_group)
-    if set(told) & set(group) != {dist.get_rank()}:
+    if set(same) & set(group) != {dist.get_rank()}:
         raise ConfigError(
             f"parallelize: replicate: expected this rank and others outside of the group of {name or 'model'!r}, which "
-            f"hold the same experts, got {told}; the ranks of the group, {group}, hold different ones. If other layers "
+            f"hold the same experts, got {same}; the ranks of the group, {group}, hold different ones. If other layers "
             "have smaller groups, call parallelize(layer, replicate=) for each of those, then parallelize(model) "
             "without it"
         )

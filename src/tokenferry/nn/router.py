@@ -16,7 +16,7 @@ from tokenferry.nn.losses import RouterLosses, load_balance_loss, z_loss
 from tokenferry.nn.options import RouterOptions
 from tokenferry.nn.precision import NARROW, product
 from tokenferry.nn.recomputing import recomputing
-from tokenferry.nn.seeds import ROUTER_STREAM, drawn, generator, normal
+from tokenferry.nn.seeds import ROUTER_STREAM, generator, initialised_tensor, normal
 from tokenferry.nn.sharding import fill
 from tokenferry.types import Routing
 
@@ -246,17 +246,17 @@ class Router(nn.Module):
             )
 
     def reset_parameters(self) -> None:
-        """Draw the weight from the seed, and set the bias to 0: the router as it was made.
+        """Initialise the weight from the seed, and set the bias to 0: the router as it was made.
 
         Contract: local, also if FSDP2 has sharded the weight. If torch's ``parametrize`` computes it, the original is
-            drawn.
+            initialised.
 
         Raises:
-            ConfigError: the weight is computed from several tensors, or is there no more. Nothing was drawn.
+            ConfigError: the weight is computed from several tensors, or no longer exists. Nothing was initialised.
         """
-        weight, draws = drawn(self, "weight"), generator("Router", self.seed, ROUTER_STREAM)
+        weight, source = initialised_tensor(self, "weight"), generator("Router", self.seed, ROUTER_STREAM)
         num_experts, hidden = weight.shape
-        fill(weight, normal(draws, num_experts, hidden) * hidden**-0.5)
+        fill(weight, normal(source, num_experts, hidden) * hidden**-0.5)
         if self.bias is not None:
             self.bias.zero_()
 

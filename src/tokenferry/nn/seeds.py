@@ -24,13 +24,13 @@ def generator(call: str, seed: int, stream: int) -> torch.Generator:
     return torch.Generator(device="cpu").manual_seed(seed * _STREAMS_PER_SEED + stream)
 
 
-def drawn(module: nn.Module, weight: str) -> nn.Parameter:
-    """Return what `reset_parameters` draws for a weight: itself, or the original of which ``parametrize`` computes it.
+def initialised_tensor(module: nn.Module, weight: str) -> nn.Parameter:
+    """Return the tensor that `reset_parameters` initialises for a weight: itself, or ``parametrize``'s original.
 
     Raises:
-        ConfigError: the weight is computed from several tensors, or is there no more.
+        ConfigError: the weight is computed from several tensors, or no longer exists.
     """
-    found = drawn_or_none(module, weight)
+    found = find_initialised_tensor(module, weight)
     if found is None:
         raise ConfigError(
             f"{type(module).__name__}: reset_parameters: {weight} is no parameter any more, nor computed from one "
@@ -39,12 +39,12 @@ def drawn(module: nn.Module, weight: str) -> nn.Parameter:
     return found
 
 
-def drawn_or_none(module: nn.Module, weight: str) -> nn.Parameter | None:
-    """Return what `drawn` returns, or None where it raises."""
+def find_initialised_tensor(module: nn.Module, weight: str) -> nn.Parameter | None:
+    """Return what `initialised_tensor` returns, or None where it raises."""
     own = dict(module.named_parameters())
     return own.get(weight, own.get(f"parametrizations.{weight}.original"))
 
 
-def normal(draws: torch.Generator, rows: int, columns: int) -> Tensor:
+def normal(source: torch.Generator, rows: int, columns: int) -> Tensor:
     """Draw ``[rows, columns]`` normal numbers in float32 on the CPU: the same whatever torch's defaults are."""
-    return torch.randn(rows, columns, generator=draws, dtype=torch.float32, device="cpu")
+    return torch.randn(rows, columns, generator=source, dtype=torch.float32, device="cpu")

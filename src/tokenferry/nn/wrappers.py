@@ -1,4 +1,4 @@
-"""What torch's wrappers are around: a router or experts that were compiled, checkpointed or given to a tool."""
+"""The modules inside of torch's wrappers: a router or experts that were compiled, checkpointed or given to a tool."""
 
 from __future__ import annotations
 

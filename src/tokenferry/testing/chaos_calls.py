@@ -21,7 +21,7 @@ from tokenferry.testing.cases import answers
 from tokenferry.testing.compare import close_each, same_bits
 from tokenferry.testing.oracle import Oracle, Sent, fp8_cast, ue8m0
 from tokenferry.testing.soak_cases import Combining, Live, draw_case, draw_options, oracle_of
-from tokenferry.testing.soak_graphs import Graph, Kind
+from tokenferry.testing.soak_graphs import Graph, GraphKind
 from tokenferry.testing.soak_graphs import draw as draw_inputs
 from tokenferry.testing.soak_graphs_reference import AllInputs, Reference
 from tokenferry.types import Combined, DecodeDispatched, Dispatched, EncodingName, Numerics, Quantized, Routing, Scale
@@ -285,7 +285,7 @@ class Replay:
         """See `Rounds.check`; each call has compared its results."""
         return self._checks
 
-    def _draw(self, kind: Kind, number: int) -> AllInputs:
+    def _draw(self, kind: GraphKind, number: int) -> AllInputs:
         return draw_inputs(kind, self._group.num_ranks, self._group.device, 0, number)
 
     def _replay(self, inputs: AllInputs) -> None:

@@ -1,4 +1,4 @@
-"""What the supervisor of a chaos soak tells its ranks, and what they report."""
+"""The commands of the supervisor of a chaos soak to its ranks, and their reports."""
 
 from __future__ import annotations
 

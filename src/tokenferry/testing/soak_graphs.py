@@ -42,7 +42,7 @@ _WEIGHT_BITS = 18
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class GraphKind:
     """One graph: sizes and options of its calls.
 
     Attributes:
@@ -73,18 +73,18 @@ class Kind:
 
 
 KINDS = (
-    Kind(),
-    Kind(fp8=Scale.FLOAT32),
-    Kind(fp8=Scale.FLOAT32, fast=True),
-    Kind(fast=True, hooks=True, tokens=17),
-    Kind(fp8=Scale.UE8M0, hooks=True, hidden=640),
-    Kind(fp8=Scale.POWER_OF_TWO, fast=True, encoding="fp8", idx_dtype=torch.int32),
-    Kind(encoding="fp8", hooks=True, tokens=9, local=3, top_k=5),
-    Kind(encoding="logfmt10", hooks=True, hidden=640),
-    Kind(fp8=Scale.FLOAT32, fast=True, encoding="logfmt10", tokens=17),
-    Kind(tokens=1, local=2, top_k=2, hidden=128),
+    GraphKind(),
+    GraphKind(fp8=Scale.FLOAT32),
+    GraphKind(fp8=Scale.FLOAT32, fast=True),
+    GraphKind(fast=True, hooks=True, tokens=17),
+    GraphKind(fp8=Scale.UE8M0, hooks=True, hidden=640),
+    GraphKind(fp8=Scale.POWER_OF_TWO, fast=True, encoding="fp8", idx_dtype=torch.int32),
+    GraphKind(encoding="fp8", hooks=True, tokens=9, local=3, top_k=5),
+    GraphKind(encoding="logfmt10", hooks=True, hidden=640),
+    GraphKind(fp8=Scale.FLOAT32, fast=True, encoding="logfmt10", tokens=17),
+    GraphKind(tokens=1, local=2, top_k=2, hidden=128),
 )
-WIDE = Kind(fp8=Scale.FLOAT32, hidden=7168)
+WIDE = GraphKind(fp8=Scale.FLOAT32, hidden=7168)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ class Graph:
         x: ``[M, H]``, as `topk_idx` and `topk_weights` written before each replay.
     """
 
-    def __init__(self, group: ExpertGroup, kind: Kind) -> None:
+    def __init__(self, group: ExpertGroup, kind: GraphKind) -> None:
         device, R = group.device, group.num_ranks
         self.kind = kind
         self.x = torch.zeros(kind.tokens, kind.hidden, dtype=torch.bfloat16, device=device)
@@ -206,7 +206,7 @@ class Findings:
         update = torch.cat((self._now[:, None], torch.stack(lines)), dim=1)
         self._table = torch.where(((self._table[:, 0] < 0) & (update[:, 1] > 0))[:, None], update, self._table)
 
-    def look(self, rank: int, soak: Soak, kinds: dict[int, Kind]) -> None:
+    def look(self, rank: int, soak: Soak, kinds: dict[int, GraphKind]) -> None:
         """Wait for the device and raise what was found; ``kinds``: of each replay since the last look.
 
         Raises:
@@ -233,14 +233,14 @@ class Findings:
 # ---------------------------------------------------------------------- inputs
 
 
-def kind_of(seed: int, number: int) -> Kind:
+def kind_of(seed: int, number: int) -> GraphKind:
     """Return the kind of a replay."""
     if number % WIDE_EVERY == WIDE_EVERY - 1:
         return WIDE
     return random.Random(f"{seed} {number} kind").choice(KINDS)
 
 
-def draw(kind: Kind, num_ranks: int, device: torch.device, seed: int, number: int) -> AllInputs:
+def draw(kind: GraphKind, num_ranks: int, device: torch.device, seed: int, number: int) -> AllInputs:
     """Draw the inputs of all ranks for a replay; the same on every rank."""
     pick = random.Random(f"{seed} {number}")
     make = torch.Generator(device).manual_seed(pick.randrange(1 << 62))
@@ -299,10 +299,10 @@ def _sizes(shape: MoeShape) -> tuple[int, int, int, int]:
     return shape.num_experts, shape.top_k, shape.hidden, shape.max_tokens
 
 
-def _replay(group: ExpertGroup, soak: Soak, graphs: dict[Kind, Graph]) -> Tally:
+def _replay(group: ExpertGroup, soak: Soak, graphs: dict[GraphKind, Graph]) -> Tally:
     """Make all replays; kinds without a graph are called."""
     device, R, rank = group.device, group.num_ranks, group.rank
-    findings, since = Findings(device), dict[int, Kind]()
+    findings, since = Findings(device), dict[int, GraphKind]()
     for number in range(soak.first, soak.first + soak.replays):
         kind = since[number] = kind_of(soak.seed, number)
         graph = graphs[kind] = graphs.get(kind) or Graph(group, kind)

@@ -1,9 +1,9 @@
-"""Failure reports: ranks that give up say for whom they waited, so that each of them can name the rank at fault.
+"""Failure reports: ranks that give up report for whom they waited, so that each of them can name the rank at fault.
 
 With several nodes a rank waits for few others, each of which may wait itself for the one that is lost. It would name
-its neighbour, which has done nothing wrong. So a rank that gives up says for whom it waited, to the ranks of its node
-and in the store of the process group, before it closes its connections, and follows what the others have said to those
-who have not.
+its neighbour, which has done nothing wrong. So a rank that gives up reports for whom it waited, to the ranks of its
+node and in the store of the process group, before it closes its connections. Then it follows the reports of the others
+to the ranks that have not reported.
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ _POLL_S = 0.0005
 _REMEDY = "All ranks make a group together."
 
 
-class Exchange(Protocol):
-    """The part of `Bootstrap` that others use."""
+class HandshakeExchange(Protocol):
+    """An all-gather of handshakes, such as `Bootstrap`."""
 
     def exchange(self, handshake: dict[str, Any]) -> list[dict[str, Any]]:
         """Send one handshake to every rank, and return those of all ranks, by rank."""
@@ -71,9 +71,11 @@ class Bootstrap:
         return [json.loads(text) for text in texts]
 
 
-def agree(table: Exchange, reason: str) -> str:
+def agree(bootstrap: HandshakeExchange, reason: str) -> str:
     """Return the reason of the lowest rank that has one, or an empty string; the same on all ranks. Collective."""
-    return next((handshake["why_not"] for handshake in table.exchange({"why_not": reason}) if handshake["why_not"]), "")
+    return next(
+        (handshake["why_not"] for handshake in bootstrap.exchange({"why_not": reason}) if handshake["why_not"]), ""
+    )
 
 
 def compare_terms(handshakes: Sequence[dict[str, Any]]) -> None:

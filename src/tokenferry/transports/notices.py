@@ -20,7 +20,7 @@ SIZE = _RECORD.size
 _NO_HEADER = (0,) * HEADER_INTS
 
 
-class Kind(enum.IntEnum):
+class NoticeKind(enum.IntEnum):
     """What a notice says.
 
     Attributes:
@@ -45,7 +45,7 @@ class Notice:
     """A fixed-size record sent over a socket.
 
     Attributes:
-        kind: What it says; a `Kind`.
+        kind: What it says; a `NoticeKind`.
         call: The number of a call.
         watermark: The sender's watermark.
         segment: The number of the segment of a body, 0 without a body.
@@ -88,8 +88,8 @@ class Peer:
         mappings: Segments of the peer that are mapped here, by number.
         writable: False once sends fail; messages that the peer sent before may still be in the socket.
         readable: False once the socket is closed and everything that the peer sent has been read.
-        reason_size: Bytes of the reason, once the peer has sent `Kind.leave`, or -1; ``data`` is then that reason.
-        waiting_at: When the last `Kind.waiting` came.
+        reason_size: Bytes of the reason once the peer has sent `NoticeKind.leave`, which ``data`` then holds; else -1.
+        waiting_at: When the last `NoticeKind.waiting` came.
     """
 
     rank: int

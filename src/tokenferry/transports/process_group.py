@@ -391,7 +391,7 @@ class ProcessGroupTransport:
             queue.popleft()
 
     def _drain(self, deadline: Deadline) -> None:
-        """Receive what peers have sent in the calls in flight, for which they wait: else they could not be told."""
+        """Receive what peers have sent in the calls in flight, for which they wait: else they could not be notified."""
         for current in self._in_flight.values():
             for peer, incoming in current.incoming.items():
                 self._receive_header(peer, incoming, current.call, deadline)

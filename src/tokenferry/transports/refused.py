@@ -56,7 +56,7 @@ def raise_if_refused(where: str, error: BaseException) -> None:
         if refused is not None:
             raise refused from error
     finally:
-        del refused, error  # they hold this frame, and it the memory of calls, until the collector comes
+        del refused, error  # a cycle through this frame would keep the memory of calls alive
 
 
 def _code(error: BaseException) -> int | None:

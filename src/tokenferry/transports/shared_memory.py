@@ -39,7 +39,7 @@ from tokenferry.transports.base import (
     peer_timeout,
 )
 from tokenferry.transports.lifetime import Connection, open_peer
-from tokenferry.transports.notices import SIZE, Kind, Notice, Peer
+from tokenferry.transports.notices import SIZE, Notice, NoticeKind, Peer
 
 _ALIGN = 64
 _COPY_AFTER = 16
@@ -60,7 +60,7 @@ class _InFlight:
         own_header: The header for this rank itself.
         sent_to: The peers that take part, without those that were dropped since.
         expected: The peers whose messages this rank waits for.
-        said_waiting: Whether it has told its peers that it waits.
+        said_waiting: Whether this rank has notified its peers that it waits.
         receiving: Whether any message has been returned to the caller, who may be reading it.
     """
 
@@ -155,9 +155,9 @@ class SharedMemoryTransport:
         for rank in sorted(current.expected):
             size = current.buffers[rank].numel()
             number = segment.number if segment is not None and size else 0
-            kind, fds = Kind.post, []
+            kind, fds = NoticeKind.post, []
             if segment is not None and size and rank not in segment.known:
-                kind, fds = Kind.post_with_fd, [segment.fd]
+                kind, fds = NoticeKind.post_with_fd, [segment.fd]
                 segment.known.add(rank)
             notice = Notice(
                 kind, call.number, self._watermarks.local, number, current.offsets[rank], size, headers[rank]
@@ -232,7 +232,7 @@ class SharedMemoryTransport:
             return left
         current.said_waiting = True
         for rank in sorted(current.sent_to):
-            self._send(rank, Notice(Kind.waiting), [], call, deadline)
+            self._send(rank, Notice(NoticeKind.waiting), [], call, deadline)
         return 0.0
 
     def _is_gone(self, rank: int, call: CallId) -> bool:
@@ -274,7 +274,7 @@ class SharedMemoryTransport:
     def announce_call(self, number: int, skip: frozenset[int]) -> None:
         """Send a notice to each peer. See `Transport.announce_call`."""
         for rank in sorted(set(self._peers) - skip):
-            self._send(rank, Notice(Kind.announce, number), [], CallId(number, "mask"), Deadline(1.0))
+            self._send(rank, Notice(NoticeKind.announce, number), [], CallId(number, "mask"), Deadline(1.0))
 
     def highest_announced_call(self) -> int:
         """Read all notices that have arrived. See `Transport.highest_announced_call`."""
@@ -298,7 +298,7 @@ class SharedMemoryTransport:
         text = why.encode()
         for peer in self._peers.values():
             with contextlib.suppress(OSError):  # a peer that reads nothing finds the closed socket
-                peer.socket.send(Notice(Kind.leave, size=len(text)).pack() + text)
+                peer.socket.send(Notice(NoticeKind.leave, size=len(text)).pack() + text)
 
     def reason(self, src: int) -> str:
         """Read all notices that have arrived. See `Transport.reason`."""
@@ -373,7 +373,7 @@ class SharedMemoryTransport:
         for segment in segments:
             self._segments.remove(segment)
             for rank in sorted(segment.known):
-                notice = Notice(Kind.retire, segment=segment.number)
+                notice = Notice(NoticeKind.retire, segment=segment.number)
                 self._send(rank, notice, [], CallId(0, "retire"), Deadline(1.0))
 
     def _send(self, rank: int, notice: Notice, fds: list[int], call: CallId, deadline: Deadline) -> None:
@@ -440,19 +440,19 @@ class SharedMemoryTransport:
         return True
 
     def _handle(self, peer: Peer, notice: Notice) -> None:
-        if notice.kind == Kind.retire:
+        if notice.kind == NoticeKind.retire:
             peer.mappings.pop(notice.segment, None)
             return
-        if notice.kind == Kind.announce:
+        if notice.kind == NoticeKind.announce:
             self._announced = max(self._announced, notice.call)
             return
-        if notice.kind == Kind.leave:
+        if notice.kind == NoticeKind.leave:
             peer.reason_size = notice.size
             return
-        if notice.kind == Kind.waiting:
+        if notice.kind == NoticeKind.waiting:
             peer.waiting_at = time.monotonic()
             return
-        if notice.kind == Kind.post_with_fd:
+        if notice.kind == NoticeKind.post_with_fd:
             fd = peer.fds.pop(0)
             try:
                 peer.mappings[notice.segment] = seg.attach(fd, os.fstat(fd).st_size)

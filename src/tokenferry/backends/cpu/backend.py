@@ -141,7 +141,7 @@ class CpuBackend:
         """Return None: moving the rows takes far longer than checking the arguments."""
 
     def refused(self, call: str, error: Exception, *, local: bool = False) -> ResourceError | None:
-        """Break the group if a call was refused a resource: its peers are told, and need not wait for this rank."""
+        """Break the group if a call was refused a resource: its peers are notified, and need not wait for this rank."""
         return resource_error(call, error) if local else self._exchange.refused(call, error)
 
     @property

@@ -7,7 +7,7 @@ import torch
 from tokenferry.backends.base import CombineRequest
 from tokenferry.backends.cpu import routing as cpu_routing
 from tokenferry.backends.cpu.dispatch import LAYOUT_CODES
-from tokenferry.backends.cpu.exchange import PLAN_FIELD, Exchange, Kind, Signature
+from tokenferry.backends.cpu.exchange import PLAN_FIELD, CallKind, Exchange, Signature
 from tokenferry.backends.cpu.payload import Payload
 from tokenferry.backends.cpu.route import Route
 from tokenferry.backends.tensors import may_write_to, without_autocast
@@ -60,4 +60,4 @@ def _signature(request: CombineRequest, payload: Payload) -> Signature:
         "dtype": dtype_code(y.dtype),
         **payload.fields,
     }
-    return Signature(Kind.combine, fields)
+    return Signature(CallKind.combine, fields)

@@ -21,7 +21,7 @@ from tokenferry.backends.cpu.allocator import Allocator
 from tokenferry.backends.cpu.decode_direct import DirectCombine, DirectDispatch
 from tokenferry.backends.cpu.decode_nodes import NodeCombine, NodeDispatch
 from tokenferry.backends.cpu.decode_rows import packed_ranges
-from tokenferry.backends.cpu.exchange import PLAN_FIELD, Exchange, Kind, Signature
+from tokenferry.backends.cpu.exchange import PLAN_FIELD, CallKind, Exchange, Signature
 from tokenferry.backends.cpu.levels import Levels
 from tokenferry.backends.cpu.payload import Payload, ReceivedRows
 from tokenferry.backends.tensors import drop_ranks, without_autocast
@@ -35,7 +35,7 @@ _NOT_RECEIVED = -1
 """In ``DecodePlan.src_range`` until the rows have been received: a number of no range."""
 
 
-class Delivery(Protocol):
+class PendingDispatch(Protocol):
     """The rows of a dispatch on their way.
 
     Attributes:
@@ -65,7 +65,7 @@ class Delivery(Protocol):
         ...
 
 
-class Homecoming(Protocol):
+class PendingCombine(Protocol):
     """The rows of a combine on their way."""
 
     @property
@@ -107,7 +107,7 @@ class Decoder:
             topk_idx=topk_idx,
             token=torch.arange(topk_idx.shape[0], dtype=torch.int64, device="cpu"),
         )
-        delivery = self._send(request, payload, topk_idx)
+        pending = self._send(request, payload, topk_idx)
         num_rows = num_ranks * shape.max_tokens
         weighted = routing.topk_weights is not None
         row_weights = torch.empty(num_local, num_rows, dtype=torch.float32, device="cpu") if weighted else None
@@ -123,19 +123,19 @@ class Decoder:
                 src_token=torch.empty(num_local, num_rows, dtype=torch.int32, device="cpu"),
                 src_range=torch.full((num_local, num_ranks), _NOT_RECEIVED, dtype=torch.int64, device="cpu"),
                 row_weights=row_weights,
-                _call_number=delivery.number,
-                _table=delivery.relayed,
+                _call_number=pending.number,
+                _table=pending.relayed,
             ),
             hook=no_hook,
         )
 
         def receive(deadline: Deadline) -> None:
-            with delivery.receive(deadline, request.stats.wait_ns) as received:
+            with pending.receive(deadline, request.stats.wait_ns) as received:
                 _arrange(result, payload, received, exchange.allocator, first=exchange.rank * num_local)
             if request.stats.received is not None:
                 request.stats.received.add_(result.expert_counts)
 
-        hook = self._finish("decode_dispatch", delivery, receive, return_hook=request.return_hook)
+        hook = self._finish("decode_dispatch", pending, receive, return_hook=request.return_hook)
         return DecodeDispatched(result.x, result.expert_counts, result.plan, hook)
 
     @without_autocast
@@ -151,17 +151,17 @@ class Decoder:
             "dtype": dtype_code(request.y.dtype),
             **self._fields_of_nodes(),
         }
-        signature = Signature(Kind.decode_combine, fields)
-        homecoming: Homecoming
+        signature = Signature(CallKind.decode_combine, fields)
+        pending: PendingCombine
         if levels is None:
-            homecoming = DirectCombine(exchange, signature, request)
+            pending = DirectCombine(exchange, signature, request)
         else:
-            homecoming = NodeCombine(levels, signature, request)
+            pending = NodeCombine(levels, signature, request)
         out = request.out
         if out is None:
             out = exchange.allocator.empty(plan.num_tokens, request.y.shape[-1], dtype=request.y.dtype)
-        receive = partial(homecoming.receive, out)
-        return DecodeCombined(out, self._finish("decode_combine", homecoming, receive, return_hook=request.return_hook))
+        receive = partial(pending.receive, out)
+        return DecodeCombined(out, self._finish("decode_combine", pending, receive, return_hook=request.return_hook))
 
     def _direct_or_levels(self) -> Levels | None:
         return None if self._exchange.masked else self._levels
@@ -170,7 +170,7 @@ class Decoder:
         """Return what ranks of several nodes must agree on: else some would wait for rows that take another way."""
         return {} if self._levels is None else {"whether ranks are masked": int(bool(self._exchange.masked))}
 
-    def _send(self, request: DecodeDispatchRequest, payload: Payload, topk_idx: Tensor) -> Delivery:
+    def _send(self, request: DecodeDispatchRequest, payload: Payload, topk_idx: Tensor) -> PendingDispatch:
         """Send each rank the rows that its experts need."""
         shape, quantize, levels = request.shape, request.quantize, self._direct_or_levels()
         fields = {
@@ -183,7 +183,7 @@ class Decoder:
             **self._fields_of_nodes(),
             **payload.fields,
         }
-        signature = Signature(Kind.decode_dispatch, fields)
+        signature = Signature(CallKind.decode_dispatch, fields)
         if levels is not None:
             return NodeDispatch(levels, signature, payload, topk_idx, request)
         token, counts = cpu_routing.destinations(topk_idx, shape.num_experts, self._exchange.num_ranks)
@@ -191,7 +191,12 @@ class Decoder:
         return DirectDispatch(self._exchange, signature, payload, tokens, hooked=request.return_hook)
 
     def _finish(
-        self, phase: str, under_way: Delivery | Homecoming, receive: Callable[[Deadline], None], *, return_hook: bool
+        self,
+        phase: str,
+        under_way: PendingDispatch | PendingCombine,
+        receive: Callable[[Deadline], None],
+        *,
+        return_hook: bool,
     ) -> Callable[[], None]:
         """Run the second half of a call now, inside of the call, or return a hook that runs it once."""
         exchange, done = self._exchange, False

@@ -17,7 +17,7 @@ from tokenferry.transports.base import Deadline
 
 
 class DirectDispatch:
-    """The rows of a dispatch; see `tokenferry.backends.cpu.decode.Delivery`.
+    """The rows of a dispatch; see `tokenferry.backends.cpu.decode.PendingDispatch`.
 
     Args:
         exchange: Sends them.
@@ -45,13 +45,13 @@ class DirectDispatch:
 
     @contextlib.contextmanager
     def receive(self, deadline: Deadline, wait_ns: Tensor | None) -> Iterator[list[ReceivedRows]]:
-        """See `Delivery.receive`."""
+        """See `PendingDispatch.receive`."""
         with self._pending.receive(wait_ns, tolerant=True, deadline=deadline) as received:
             yield received
 
 
 class DirectCombine:
-    """The rows of a combine; see `tokenferry.backends.cpu.decode.Homecoming`.
+    """The rows of a combine; see `tokenferry.backends.cpu.decode.PendingCombine`.
 
     Args:
         exchange: Sends them.
@@ -74,7 +74,7 @@ class DirectCombine:
         return self._pending.aborted
 
     def receive(self, out: Tensor, deadline: Deadline) -> None:
-        """See `Homecoming.receive`."""
+        """See `PendingCombine.receive`."""
         request = self._request
         with self._pending.receive(request.stats.wait_ns, tolerant=True, deadline=deadline) as received:
             absent = frozenset(src for src in range(len(received)) if self._pending.lacks(src))

@@ -17,7 +17,7 @@ from tokenferry.backends.base import DecodeCombineRequest, DecodeDispatchRequest
 from tokenferry.backends.cpu import routing
 from tokenferry.backends.cpu.decode_rows import TokenSums, decoded_by_source, encoded, rows_for
 from tokenferry.backends.cpu.exchange import Pending, Signature, counted
-from tokenferry.backends.cpu.levels import Levels, Move, MoveOptions, distinct
+from tokenferry.backends.cpu.levels import Levels, TransferOptions, TwoLevelTransfer, distinct
 from tokenferry.backends.cpu.payload import Outgoing, Payload, ReceivedRows
 from tokenferry.backends.cpu.route import consecutive_slices, outgoing_of
 from tokenferry.backends.tensors import drop_ranks, without_autocast
@@ -26,7 +26,7 @@ from tokenferry.transports.base import Deadline
 
 
 class NodeDispatch:
-    """The rows of a dispatch; see `tokenferry.backends.cpu.decode.Delivery`.
+    """The rows of a dispatch; see `tokenferry.backends.cpu.decode.PendingDispatch`.
 
     A rank with more tokens for another node than there are slots sends no rows, but how many it had; so every rank of
     every node learns of it with the rows that it does not get.
@@ -58,8 +58,8 @@ class NodeDispatch:
         if overflow:
             tokens = [token[:0]] * exchange.num_ranks
         self._record(levels.node, topk_idx[distinct(tokens, levels.mine)])
-        options = MoveOptions(tolerant=True, hooked=request.return_hook, note=overflow)
-        self._move = Move(levels, signature, payload, tokens, options, Deadline(exchange.timeout_s))
+        options = TransferOptions(tolerant=True, hooked=request.return_hook, note=overflow)
+        self._move = TwoLevelTransfer(levels, signature, payload, tokens, options, Deadline(exchange.timeout_s))
         self.number = self._move.number
         exchange.postpone(signature.phase, self._pass_on)
 
@@ -70,7 +70,7 @@ class NodeDispatch:
 
     @contextlib.contextmanager
     def receive(self, deadline: Deadline, wait_ns: Tensor | None) -> Iterator[list[ReceivedRows]]:
-        """See `Delivery.receive`."""
+        """See `PendingDispatch.receive`."""
         with self._move.receive(deadline, wait_ns) as received:
             if not self._move.notes:
                 yield received
@@ -101,7 +101,7 @@ class NodeDispatch:
 
 
 class NodeCombine:
-    """The rows of a combine; see `tokenferry.backends.cpu.decode.Homecoming`.
+    """The rows of a combine; see `tokenferry.backends.cpu.decode.PendingCombine`.
 
     Rows travel unencoded inside a node. Its sums are rounded to their dtype, and encoded: those for this node, too, so
     that no result depends on the node of its token.
@@ -143,7 +143,7 @@ class NodeCombine:
         return self._here.aborted
 
     def receive(self, out: Tensor, deadline: Deadline) -> None:
-        """See `Homecoming.receive`."""
+        """See `PendingCombine.receive`."""
         assert self._sums is not None
         levels, request, (payload, pending) = self._levels, self._request, self._sums
         received, tokens = [ReceivedRows(0, [])] * len(levels.nodes), list(self._tokens)
@@ -162,7 +162,7 @@ class NodeCombine:
     @torch.inference_mode()  # rows and counters may come from it
     @without_autocast
     def _add_up(self, deadline: Deadline) -> None:
-        """Add up the rows of this node for the tokens that this rank has passed on, and send the sums home."""
+        """Add up the rows of this node for the tokens that this rank has passed on, and send the sums back."""
         levels, request, exchange = self._levels, self._request, self._levels.exchange
         used = (self._relayed >= 0).any(2)
         counts: list[int] = used.sum(1).tolist()

@@ -12,7 +12,7 @@ from torch import Tensor
 from tokenferry.backends.base import DispatchRequest, RedispatchRequest
 from tokenferry.backends.cpu import routing as cpu_routing
 from tokenferry.backends.cpu.allocator import Allocator
-from tokenferry.backends.cpu.exchange import PLAN_FIELD, Exchange, Kind, Signature
+from tokenferry.backends.cpu.exchange import PLAN_FIELD, CallKind, Exchange, Signature
 from tokenferry.backends.cpu.payload import Outgoing, Payload, ReceivedRows
 from tokenferry.backends.cpu.route import Route
 from tokenferry.backends.tensors import without_autocast
@@ -95,7 +95,7 @@ def redispatch(exchange: Exchange, route: Route, request: RedispatchRequest) -> 
     payload = _payload(request.x, weights=request.topk_weights)
     rows = request.x.data if isinstance(request.x, Quantized) else request.x
     fields = {PLAN_FIELD: plan._call_number, "dtype": dtype_code(rows.dtype), **payload.fields}
-    signature = Signature(Kind.redispatch, fields)
+    signature = Signature(CallKind.redispatch, fields)
     with route.redispatch(signature, payload, plan) as arrived:
         metadata = payload.gather_metadata(arrived.rows)
         return _deliver(plan, payload, arrived.rows, metadata, exchange.allocator)
@@ -120,7 +120,7 @@ def _signature(request: DispatchRequest, payload: Payload) -> Signature:
         "dtype": dtype_code(rows.dtype),
         **payload.fields,
     }
-    return Signature(Kind.dispatch, fields)
+    return Signature(CallKind.dispatch, fields)
 
 
 def _arrange(local_idx: Tensor, num_local: int, options: DispatchOptions, space: RowCapacity) -> _Arrangement:
@@ -208,7 +208,7 @@ def _check_capacity(exchange: Exchange, options: DispatchOptions, space: RowCapa
     """Exchange the rows that did not fit (0: all fit), so that either all ranks raise or none; collective."""
     num_ranks, nothing = exchange.num_ranks, Payload(torch.empty(0, 0, dtype=torch.uint8, device="cpu"))
     verdict = Outgoing(nothing, [slice(0, 0)] * num_ranks, [needed] * num_ranks)
-    pending = exchange.start(Signature(Kind.capacity_check, {}), verdict)
+    pending = exchange.start(Signature(CallKind.capacity_check, {}), verdict)
     with pending.receive() as received:
         needs = [source.num_rows for source in received]
     if max(needs) > space.given:

@@ -1,4 +1,4 @@
-"""The entrance of a group on CPUs: calls and hooks pass it one by one, and an interrupt leaves none inside."""
+"""The lock of a group on CPUs that lets in one call or hook at a time; an interrupt leaves none inside."""
 
 from __future__ import annotations
 

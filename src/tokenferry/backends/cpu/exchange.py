@@ -26,7 +26,7 @@ from tokenferry.transports.failures import FailureReport, FailureReports, patien
 from tokenferry.transports.refused import resource_error
 
 
-class Kind(enum.IntEnum):
+class CallKind(enum.IntEnum):
     """The call that a message belongs to."""
 
     dispatch = 1
@@ -48,7 +48,7 @@ class Signature:
     ``leg`` says which of the exchanges of a call this is, if it has several.
     """
 
-    kind: Kind
+    kind: CallKind
     fields: dict[str, int]
     leg: str = ""
 
@@ -75,7 +75,7 @@ class Signature:
         start = f"{call.phase} #{call.number}: rank {rank} and rank {src} made different calls"
         kind, num_rows, hooked, *values = header
         if kind != self.kind:
-            theirs = Kind(kind).name if kind in set(Kind) else f"kind {kind}"
+            theirs = CallKind(kind).name if kind in set(CallKind) else f"kind {kind}"
             raise MismatchError(f"{start}: rank {src} called {theirs}; call the same on all ranks, in the same order")
         for (name, mine), other in zip(self.fields.items(), values, strict=False):
             if mine != other and not (name == PLAN_FIELD and 0 in (mine, other)):
@@ -254,11 +254,11 @@ class Exchange:
 
     @contextlib.contextmanager
     def call(self, phase: str) -> Iterator[None]:
-        """Do what was postponed, then a call; from its first message on, break the group on any error but ours.
+        """Do what was postponed, then a call; after its first message, break the group unless the error is ours.
 
-        Else an interrupt between two exchanges of a call, or behind the last one, would leave this rank a call behind
-        its peers. Errors of ours have broken the group if they have to. An interrupt that comes while this block is
-        entered or left is for `interrupted`.
+        Otherwise an interrupt between two exchanges of a call, or after the last one, would leave this rank a call
+        behind its peers. Errors of ours (`TokenferryError`) have already broken the group if they have to.
+        `interrupted` handles an interrupt that comes while this block is entered or left.
         """
         entered = Entered()
         try:
@@ -272,7 +272,7 @@ class Exchange:
             raise
 
     def interrupted(self, phase: str, before: Entered, error: BaseException) -> None:
-        """End what has entered since ``before`` was the latest, if ``error`` came where that did not see it."""
+        """End what has entered since ``before`` was the latest, if its own handlers did not see ``error``."""
         entered = self.entrance.since(before)
         if entered is not None:
             torch._C._set_grad_enabled(entered.grad_enabled)  # an interrupt of `no_grad` leaves them off
@@ -284,10 +284,10 @@ class Exchange:
             self._fail(phase, error)
 
     def _fail(self, phase: str, error: BaseException) -> None:
-        """Break the group, unless an inner block has; raise the error that says most, if that is not ``error``."""
+        """Break the group, unless an inner block has; raise the most informative error, if that is not ``error``."""
         where = f"{phase} #{self._last_call}"
         if self.broken == CLOSED and isinstance(error, Exception) and not isinstance(error, ClosedError):
-            # By another thread, or a signal handler: the call has met what `close` took away.
+            # Another thread or a signal handler has closed it, and the call has failed for want of what `close` freed.
             raise ClosedError(f"{where}: the group {CLOSED} during the call; make a new ExpertGroup") from error
         if self.broken:
             return
@@ -298,7 +298,7 @@ class Exchange:
             if raised is not error:
                 raise raised from error
         finally:
-            del raised, error  # they hold this frame, and it the memory of calls, until the collector comes
+            del raised, error  # a cycle through this frame would keep the memory of calls alive
 
     def refused(self, where: str, error: BaseException) -> ResourceError | None:
         """Break the group if ``error`` means that a resource was refused, and return the error to raise instead."""
@@ -308,9 +308,10 @@ class Exchange:
         return refused
 
     def _break(self, where: str, error: BaseException) -> BaseException:
-        """Tell the peers, close, and return the error to raise: with several nodes it names the rank at fault.
+        """Notify the peers, close, and return the error to raise: with several nodes it names the rank at fault.
 
-        After a timeout, peers have their own. An interrupt must not take the time to tell them.
+        Peers are not notified after a timeout, since they time out themselves, nor after an interrupt, which must not
+        wait.
         """
         if self.broken:
             return error
@@ -321,15 +322,15 @@ class Exchange:
             elif tell and not isinstance(error, MismatchError):  # peers need the header of a mismatch to see it, too
                 with contextlib.suppress(OSError, MemoryError, RuntimeError):  # there may be no memory for a message
                     self.transport.leave(f"{type(error).__name__}: {error}", wait=True)
-        finally:  # whatever has come of telling them, such as an interrupt
+        finally:  # even if notifying them failed, or was interrupted
             self.close(f"is broken by an earlier {type(raised).__name__} in {where}", linger=tell)
         return raised
 
     def _report(self, reports: FailureReports, error: BaseException) -> BaseException:
         """Say why this rank gives up, end all waits for it, and return the error to raise.
 
-        To wait until `Transport.leave` has told all peers would take long: its message is part of the next exchange,
-        which goes to few of them. The others read the report in the store.
+        To wait until `Transport.leave` has notified all peers would take long: its message is part of the next
+        exchange, which goes to few of them. The others read the report in the store.
         """
         start, report = time.monotonic(), FailureReport.of(error)
         with contextlib.suppress(OSError, MemoryError):
@@ -346,7 +347,7 @@ class Exchange:
     def _forget(self, reason: str) -> None:
         """End the group in a forked child, without a sign to its peers. The transport closes its own descriptors."""
         self.broken = self.broken or reason
-        self.entrance = Entrance()  # another thread may have been inside, which the child does not have
+        self.entrance = Entrance()  # a thread of the parent may be inside, which does not exist in the child
 
     def close(self, why: str, *, linger: bool) -> None:
         """Close the transport, which the peers notice; with ``linger``, only after they have what was sent."""
@@ -401,7 +402,7 @@ class Pending:
         return self._num_resyncs != self._exchange.num_resyncs
 
     def lacks(self, src: int) -> bool:
-        """Return whether nothing comes of a rank: it was left out, is masked, or was since this exchange was posted."""
+        """Return whether a rank sends nothing: it was left out, is masked, or was masked since this exchange began."""
         masked, num_masked = self._exchange.masked, self._exchange.num_masked
         return src in self._skip or src in masked or num_masked[src] != self._num_masked[src]
 

@@ -1,8 +1,9 @@
 """The exchanges of calls over two levels: between the ranks of a rail, and between those of a node.
 
 Over two levels a row crosses the network once for each node, however many ranks of that node it goes to: from rank l of
-its node to rank l of the other one, which passes it on inside its node. Sums go home the same way: a rank passes its
-rows to the rank of its node that is across from their source, which adds up those of the whole node and sends one row.
+its node to rank l of the other one, which passes it on inside its node. Sums return the same way: a rank passes its
+rows to the rank of its node that is a rail peer of their source, which adds up those of the whole node and sends one
+row.
 
 All ranks make the exchanges of a call in the same order, so that their numbers agree.
 """
@@ -39,7 +40,7 @@ class Levels:
         nodes: The ranks of each node.
         node: The node of this rank.
         mine: Its ranks.
-        rail: By node, the rank across from this one.
+        rail: By node, the rank of this rail: this rank, or its rail peer there.
         others: The other nodes, in the order in which to pass on their rows.
     """
 
@@ -58,7 +59,7 @@ class Levels:
     def start_across(
         self, signature: Signature, outgoing: Outgoing, deadline: Deadline, what: str = "", *, hooked: bool = False
     ) -> Pending:
-        """Send rows to the ranks of this rail; ``what`` they are is said if the call sends several things.
+        """Send rows to the ranks of this rail; ``what`` names them in errors, if the call sends several things.
 
         Ranks that were masked since the call began are sent their rows, too: both sides count the messages of a process
         group, and may have masked each other at another point of the call.
@@ -96,7 +97,7 @@ class Levels:
 
 
 @dataclass(frozen=True, slots=True)
-class MoveOptions:
+class TransferOptions:
     """How rows move over two levels.
 
     Attributes:
@@ -110,7 +111,7 @@ class MoveOptions:
     note: int = 0
 
 
-class Move:
+class TwoLevelTransfer:
     """The rows of a dispatch on their way over two levels; all ranks call `pass_on`, then `receive`.
 
     Args:
@@ -133,7 +134,7 @@ class Move:
         signature: Signature,
         payload: Payload,
         tokens: Sequence[Tensor],
-        options: MoveOptions,
+        options: TransferOptions,
         deadline: Deadline,
     ) -> None:
         mine, rail = levels.mine, levels.rail

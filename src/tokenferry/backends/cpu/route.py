@@ -65,7 +65,7 @@ class Route(Protocol):
     def combine(
         self, signature: Signature, payload: Payload, plan: Plan, dtype: torch.dtype
     ) -> contextlib.AbstractContextManager[Addends]:
-        """Send the received rows home; sums on the way are rounded to ``dtype``."""
+        """Send the received rows back to their sources; sums on the way are rounded to ``dtype``."""
         ...
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenferry.backends.cpu import routing
 from tokenferry.backends.cpu.exchange import Signature
-from tokenferry.backends.cpu.levels import Levels, Move, MoveOptions, columns, distinct
+from tokenferry.backends.cpu.levels import Levels, TransferOptions, TwoLevelTransfer, columns, distinct
 from tokenferry.backends.cpu.payload import Outgoing, Payload
 from tokenferry.backends.cpu.route import Addends, Arrived, consecutive_slices, tokens_by_rank
 from tokenferry.transports.base import Deadline
@@ -71,9 +71,9 @@ class TwoLevels:
         goes_to: Callable[[int, Payload], Tensor],
         plan: Plan | None,
     ) -> Iterator[Arrived]:
-        """Send each rank its rows; see `Move`. ``plan`` says how many rows come, if there is one."""
+        """Send each rank its rows; see `TwoLevelTransfer`. ``plan`` says how many rows come, if there is one."""
         deadline = Deadline(self._exchange.timeout_s)
-        move = Move(self._levels, signature, payload, tokens, MoveOptions(), deadline)
+        move = TwoLevelTransfer(self._levels, signature, payload, tokens, TransferOptions(), deadline)
         move.pass_on(goes_to, deadline)
         with move.receive(deadline, plan=plan) as arrived:
             yield Arrived(arrived, _joined([move.relay[node] for node in range(len(self._levels.nodes))]))

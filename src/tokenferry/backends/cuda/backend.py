@@ -23,7 +23,7 @@ from tokenferry.backends.cuda.combine import Combiner
 from tokenferry.backends.cuda.context import Context
 from tokenferry.backends.cuda.decode import Decoder, Decoding
 from tokenferry.backends.cuda.dispatch import Dispatcher
-from tokenferry.backends.cuda.fast_path import Calls, CudaFastPath
+from tokenferry.backends.cuda.fast_path import BackendCalls, CudaFastPath
 from tokenferry.backends.cuda.masks import Masks
 from tokenferry.backends.cuda.results import LazyPlan, shaped
 from tokenferry.backends.cuda.token_layout import restricted, token_layout
@@ -110,7 +110,7 @@ class CudaBackend:
         if not self._has_fast_path:
             return None
         context = self.context
-        calls = Calls(
+        calls = BackendCalls(
             context,
             self.dispatcher,
             self.combiner,
@@ -150,7 +150,7 @@ class CudaBackend:
 
     def call_sms(self, shape: MoeShape) -> CallSms:
         """See `tokenferry.backends.base.Backend`."""
-        tuned = tuning.tune(shape, tuning.Topology(self.context.num_ranks, self.context.num_sms))
+        tuned = tuning.tune(shape, tuning.Machine(self.context.num_ranks, self.context.num_sms))
         return CallSms(tuned.dispatch_sms, tuned.combine_sms)
 
     @not_compiled  # a program may read them between calls

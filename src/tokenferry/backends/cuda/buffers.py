@@ -75,7 +75,7 @@ class SymmetricAllocator:
         """Return a block for received rows, and whether they have to be copied out of it at once.
 
         The last free part of the heap is for rows under way only: results that stayed there would leave no space for
-        the rows of a later call, which may be as many as `expect` was told.
+        the rows of a later call, which may be as many as `expect` has noted.
 
         Raises:
             CapacityError: as `block`.

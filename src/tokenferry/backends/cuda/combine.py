@@ -22,7 +22,7 @@ from tokenferry.kernels.codes import PIECE_BYTES
 from tokenferry.kernels.combine_push import spec as push_spec
 from tokenferry.kernels.control_block import OFFSET_BYTES
 from tokenferry.memory.heap import Block
-from tokenferry.tuning import Topology, num_pushers, tune
+from tokenferry.tuning import Machine, num_pushers, tune
 from tokenferry.types import Combined, Layout, MoeShape, Plan
 
 _MAX_FORMS = 256
@@ -259,7 +259,7 @@ class Combiner:
     def _work(self, form: CombineForm, num_tokens: int) -> Work:
         num_ranks, columns = self._context.num_ranks, form.columns
         shape = MoeShape(form.num_local * num_ranks, form.top_k, columns, max(num_tokens, 1))
-        tuning = tune(shape, Topology(num_ranks, self._context.num_sms))
+        tuning = tune(shape, Machine(num_ranks, self._context.num_sms))
         push_sms = form.num_sms or tuning.push_sms
         pushers = 0 if num_ranks == 1 else num_pushers(push_sms)
         pieces = -(-columns * form.dtype.itemsize // PIECE_BYTES)

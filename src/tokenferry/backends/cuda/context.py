@@ -157,7 +157,7 @@ class Context:
         self._capturing = False  # whether that was in the capture of a CUDA graph
         self._last: dict[int, int] = {}  # stream of the last call, by capture (0: none)
         self._peers = Peers()
-        self._told_peers = False  # that this group has ended
+        self._notified_peers = False  # that this group has ended
         self._inherited = False
         forget_in_child(self, Context.forget)
 
@@ -293,12 +293,12 @@ class Context:
         if isinstance(error, _RECOVERABLE):
             self._run_again()
         else:
-            self._told_peers = True  # by the kernel
+            self._notified_peers = True  # by the kernel
             self.break_off(error)
         try:
             raise error
         finally:
-            del error  # it holds this frame, and what other frames of the call hold would wait for the collector
+            del error  # a reference cycle through this frame would keep the memory of the call alive
 
     def _run_again(self) -> None:
         """Clear ``stopped``, which makes kernels behind an aborted call no-ops, in stream order after all of these."""
@@ -362,25 +362,26 @@ class Context:
         self.raise_recorded()
 
     def close(self, why: str) -> None:
-        """Tell peers, and unmap their windows; the memory of results lives as long as they do. Local, idempotent.
+        """Notify peers, and unmap their windows; the memory of results lives as long as they do. Local, idempotent.
 
         Waits for the work queued on the device.
         """
         if self._inherited:
             return
-        self.tell_peers()
+        self.notify_peers()
         self.broken = why
         self._peers.close()
         self.window.close()
 
-    def tell_peers(self) -> None:
-        """Tell the kernels of peers that they wait in vain from now on; all that this rank has sent comes before.
+    def notify_peers(self) -> None:
+        """Notify the kernels of peers, after everything that this rank has sent, that it sends nothing more.
 
-        Waits for the work queued on the device. Idempotent. A kernel that has given up has told them, and why.
+        Waits for the work queued on the device. Idempotent. A kernel that has given up has notified them already, with
+        the reason.
         """
-        if self._told_peers or self.pinned.gave_up:
+        if self._notified_peers or self.pinned.gave_up:
             return
-        self._told_peers = True
+        self._notified_peers = True
         word = torch.frombuffer(bytearray(struct.pack("<2I", self.rank, Fault.peer_closed)), dtype=torch.uint8)
         offset = CONTROL_BLOCK_OFFSETS["gave_up"] + word.numel() * self.rank
         with suppress(RuntimeError):  # the CUDA context is broken, or gone

@@ -17,9 +17,9 @@ from tokenferry.backends.cuda.buffers import SymmetricAllocator, aligned
 from tokenferry.backends.cuda.context import Call, Context
 from tokenferry.backends.cuda.forms import (
     DispatchForm,
-    Payload,
     RecvOffsets,
     RedispatchForm,
+    SendBuffers,
     expand,
     fuse,
     guessed_form,
@@ -74,7 +74,7 @@ class Dispatcher:
                 'dispatch: options: counts="host" waits for the device, which a CUDA graph cannot capture; '
                 'use DispatchOptions(counts="device")'
             )
-        payload = Payload(rows.data_ptr(), scale, address(weights), index.data_ptr())
+        payload = SendBuffers(rows.data_ptr(), scale, address(weights), index.data_ptr())
         return self.send(form, call, payload, index.shape[0])
 
     def form(self, shape: MoeShape, options: DispatchOptions, kind: RowKind, num_sms: int | None) -> DispatchForm:
@@ -107,7 +107,7 @@ class Dispatcher:
             self._allocator.expect(found.worst.num_bytes)
         return found
 
-    def send(self, form: DispatchForm, call: Call, payload: Payload, num_tokens: int) -> Dispatched[Any]:
+    def send(self, form: DispatchForm, call: Call, payload: SendBuffers, num_tokens: int) -> Dispatched[Any]:
         """Make a plan and send rows along it; the rows bring the peers' half of the plan, too.
 
         If the heap has space for as many rows as there can be, or as many as are expected, rows are sent at once, and
@@ -144,7 +144,9 @@ class Dispatcher:
                 result.leave_block()
         return result
 
-    def _send_at_once(self, form: DispatchForm, call: Call, plan: LazyPlan, payload: Payload) -> LazyDispatched | None:
+    def _send_at_once(
+        self, form: DispatchForm, call: Call, plan: LazyPlan, payload: SendBuffers
+    ) -> LazyDispatched | None:
         """Send rows before the host knows how many; None: there are more than was guessed, and none was sent."""
         context = self._context
         result = self._recv(form, call, plan, None)
@@ -167,7 +169,9 @@ class Dispatcher:
             self._count(form, plan, result, counts or cuda_plan.wait(context, call, form.geometry))
         return result
 
-    def _send_counted(self, form: DispatchForm, call: Call, plan: LazyPlan, payload: Payload) -> LazyDispatched | None:
+    def _send_counted(
+        self, form: DispatchForm, call: Call, plan: LazyPlan, payload: SendBuffers
+    ) -> LazyDispatched | None:
         """Send rows once the host knows how many; None: there are more than was guessed, and none was sent."""
         self._launch_plan(form, call, plan, payload.topk_idx)
         counts = self._wait(form, call)
@@ -179,7 +183,7 @@ class Dispatcher:
         self._count(form, plan, result, counts)
         return result
 
-    def _send_once_more(self, form: DispatchForm, plan: LazyPlan, payload: Payload) -> LazyDispatched:
+    def _send_once_more(self, form: DispatchForm, plan: LazyPlan, payload: SendBuffers) -> LazyDispatched:
         """Make a call again, with the same block for its plan, in which more rows came than were guessed."""
         context, unlimited = self._context, form.unlimited
         assert unlimited is not None
@@ -276,7 +280,7 @@ class Dispatcher:
         call: Call,
         plan: LazyPlan,
         result: LazyDispatched,
-        payload: Payload,
+        payload: SendBuffers,
         num_fused_blocks: int,
     ) -> None:
         """Launch the kernels that send rows and lay them out; `dispatch_fused`, given blocks, makes the plan, too."""
@@ -328,7 +332,7 @@ class Dispatcher:
         kind = row_kind(rows, scale, weighted=weights is not None, topk_idx=None, top_k=addresses.top_k)
         form = self.redispatch_form(request.shape, plan, kind, addresses.num_local, request.num_sms)
         call = self._context.begin(form.signature)
-        return self.send_again(form, call, plan, addresses, Payload(rows.data_ptr(), scale, address(weights), 0))
+        return self.send_again(form, call, plan, addresses, SendBuffers(rows.data_ptr(), scale, address(weights), 0))
 
     def redispatch_form(
         self, shape: MoeShape, plan: Plan, kind: RowKind, num_local: int, num_sms: int | None
@@ -346,7 +350,7 @@ class Dispatcher:
         return found
 
     def send_again(
-        self, form: RedispatchForm, call: Call, plan: Plan, addresses: PlanAddresses, payload: Payload
+        self, form: RedispatchForm, call: Call, plan: Plan, addresses: PlanAddresses, payload: SendBuffers
     ) -> Dispatched[Any]:
         """Send rows along a plan, whose addresses are given, too."""
         D = plan.num_delivered

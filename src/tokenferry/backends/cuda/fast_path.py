@@ -1,7 +1,7 @@
 """The fast path: calls like earlier ones, whose arguments bare comparisons recognise, go straight to their kernels.
 
 Everything that follows from shapes, options and dtypes is found under one key. Whatever is not plainly such a call,
-with a group in its usual state, is left to the general path, which has the words for errors. Both paths launch by the
+with a group in its usual state, is left to the general path, which makes the error messages. Both paths launch by the
 same code, `Dispatcher.send` and the like: they only differ in how they come by its arguments.
 """
 
@@ -20,7 +20,7 @@ from tokenferry.backends.cuda.bounded import BoundedDict
 from tokenferry.backends.cuda.context import Call, Context
 from tokenferry.backends.cuda.decode import Decoding, parts_of
 from tokenferry.backends.cuda.decode_forms import DecodeDispatchForm, DispatchKind, LazyDecodePlan
-from tokenferry.backends.cuda.forms import Payload, is_bulk, row_kind
+from tokenferry.backends.cuda.forms import SendBuffers, is_bulk, row_kind
 from tokenferry.backends.cuda.launch import WIDEST_SCALE, RowKind
 from tokenferry.backends.cuda.results import LazyPlan
 from tokenferry.backends.cuda.signature import Signature
@@ -56,8 +56,8 @@ class DispatchCalls(Protocol):
 
     def form(self, shape: MoeShape, options: DispatchOptions, kind: RowKind, num_sms: int | None) -> Any: ...  # noqa: ANN401, D102
     def sized(self, form: Any, /) -> Any: ...  # noqa: ANN401, D102
-    def send(self, form: Any, call: Call, payload: Payload, num_tokens: int, /) -> Dispatched[Any]: ...  # noqa: ANN401, D102
-    def send_again(self, form: Any, call: Call, plan: Plan, along: Any, payload: Payload, /) -> Dispatched[Any]: ...  # noqa: ANN401, D102
+    def send(self, form: Any, call: Call, payload: SendBuffers, num_tokens: int, /) -> Dispatched[Any]: ...  # noqa: ANN401, D102
+    def send_again(self, form: Any, call: Call, plan: Plan, along: Any, payload: SendBuffers, /) -> Dispatched[Any]: ...  # noqa: ANN401, D102
 
     def redispatch_form(  # noqa: D102
         self, shape: MoeShape, plan: Plan, kind: RowKind, num_local: int, num_sms: int | None
@@ -83,8 +83,8 @@ class CombineCalls(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Calls:
-    """What the fast path needs of a backend.
+class BackendCalls:
+    """The calls of a backend, as the fast path makes them.
 
     Attributes:
         context: Context of this rank.
@@ -120,7 +120,7 @@ class CudaFastPath:
         checks: Checks of arguments.
     """
 
-    def __init__(self, calls: Calls, shape: MoeShape, checks: QuickChecks) -> None:
+    def __init__(self, calls: BackendCalls, shape: MoeShape, checks: QuickChecks) -> None:
         self._context = calls.context
         self._dispatcher = calls.dispatcher
         self._combiner = calls.combiner
@@ -175,7 +175,7 @@ class CudaFastPath:
         call = self._begin(form.signature)
         if call is None:
             return None
-        payload = Payload(at, scale, 0 if weights is None else weights.data_ptr(), index.data_ptr())
+        payload = SendBuffers(at, scale, 0 if weights is None else weights.data_ptr(), index.data_ptr())
         return self._dispatcher.send(form, call, payload, index.shape[0])
 
     def redispatch(
@@ -206,7 +206,7 @@ class CudaFastPath:
         call = self._begin(form.signature)
         if call is None:
             return None
-        payload = Payload(at, scale, 0 if topk_weights is None else topk_weights.data_ptr(), 0)
+        payload = SendBuffers(at, scale, 0 if topk_weights is None else topk_weights.data_ptr(), 0)
         return self._dispatcher.send_again(form, call, plan, self._along(plan), payload)
 
     def combine(

@@ -61,7 +61,7 @@ _INT32 = torch.iinfo(torch.int32)
 _OF_THE_ROUTING = (Fault.bad_routing, Fault.too_many_nodes)
 """Faults about a token of this rank, whose records name no other rank."""
 _IN_STEP = (*_OF_THE_ROUTING, Fault.overflow, Fault.node_overflow)
-"""Faults that leave all ranks in step: kernels record them, and tell no peer."""
+"""Faults that leave all ranks in step: kernels record them, and do not notify peers."""
 
 _kept_pinned: list[torch.Tensor] = []
 """Pinned memory of all groups of the process. It is never freed: a kernel that writes it may still be queued, or belong
@@ -146,7 +146,7 @@ class Pinned:
 
     @property
     def gave_up(self) -> bool:
-        """Whether a kernel has written a record and told the peers: that of a fault which breaks the group."""
+        """Whether a kernel has written a record and notified the peers: that of a fault which breaks the group."""
         return self.words[0] not in (0, *_IN_STEP)
 
     def mismatched(self) -> bool:

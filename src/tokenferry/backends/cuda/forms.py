@@ -22,7 +22,7 @@ from tokenferry.backends.cuda.results import Arrivals, LazyPlan, PlanAddresses, 
 from tokenferry.backends.cuda.signature import Signature
 from tokenferry.formats.dtypes import dtype_code
 from tokenferry.memory.heap import Block
-from tokenferry.tuning import Topology, tune
+from tokenferry.tuning import Machine, tune
 from tokenferry.types import DispatchOptions, Layout, MoeShape
 
 _MAX_LAYOUTS = 1024
@@ -44,7 +44,7 @@ class Sms:
 
 
 class Scales(NamedTuple):
-    """Scales that nobody has a tensor of.
+    """Scales in memory that no tensor describes.
 
     Attributes:
         address: Where they begin.
@@ -61,8 +61,8 @@ NO_SCALE = (0, 0, 0)
 """In place of an address and strides."""
 
 
-class Payload(NamedTuple):
-    """What a call sends.
+class SendBuffers(NamedTuple):
+    """Addresses of what a call sends.
 
     Attributes:
         rows: Address of the rows, ``[T, H]``, a multiple of 16.
@@ -246,7 +246,7 @@ def move(
     call: Call,
     num_sms: int,
     recv: RecvOffsets,
-    payload: Payload,
+    payload: SendBuffers,
     plan: PlanAddresses,
 ) -> None:
     """Launch `dispatch`; ``recv``: where this rank receives rows, scales, weights and the parts of a plan."""
@@ -261,7 +261,7 @@ def move(
 
 
 def fuse(
-    template: LaunchTemplate, call: Call, num_blocks: int, recv: RecvOffsets, payload: Payload, plan: LazyPlan
+    template: LaunchTemplate, call: Call, num_blocks: int, recv: RecvOffsets, payload: SendBuffers, plan: LazyPlan
 ) -> None:
     """Launch `dispatch_fused`, which makes a plan and sends rows along it."""
     layout, start = plan._layout, plan._block.address
@@ -277,7 +277,7 @@ def fuse(
     template.launch(num_blocks, call.stream)
 
 
-def scale_of(payload: Payload) -> tuple[int, int, int]:
+def scale_of(payload: SendBuffers) -> tuple[int, int, int]:
     """Return the address of the scales, and their strides."""
     scale = payload.scale
     if scale is None:
@@ -314,7 +314,7 @@ def sms_of(context: Context, shape: MoeShape, num_sms: int | None) -> Sms:
     """Return the SMs of the kernels of a call; ``num_sms``: the limit of the user, or None."""
     if num_sms:
         return Sms(num_sms, num_sms)
-    return Sms(tune(shape, Topology(context.num_ranks, context.num_sms)).dispatch_sms, context.num_sms)
+    return Sms(tune(shape, Machine(context.num_ranks, context.num_sms)).dispatch_sms, context.num_sms)
 
 
 def expand_form(

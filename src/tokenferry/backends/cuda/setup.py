@@ -15,7 +15,7 @@ import torch.distributed as dist
 from tokenferry import tuning
 from tokenferry.backends.base import Resolved
 from tokenferry.backends.cuda.across import nccl, nvshmem
-from tokenferry.backends.cuda.across.backend import AcrossBackend, Links
+from tokenferry.backends.cuda.across.backend import AcrossBackend, InternodeLinks
 from tokenferry.backends.cuda.across.nccl import Communicator, NcclError, new_unique_id
 from tokenferry.backends.cuda.across.nccl_channel import NcclChannel, connect
 from tokenferry.backends.cuda.across.nccl_rails import NcclRails
@@ -68,17 +68,17 @@ def _survey(group: dist.ProcessGroup | None, resolved: Resolved) -> _Survey:
         PeerTimeout: a rank did not answer in time.
     """
     rank, _ = _rank_and_size(group)
-    table = _table(group, resolved, _device())
+    bootstrap = _bootstrap(group, resolved, _device())
     handshake = describe(_device()) | {"terms": resolved.terms}
-    handshakes = table.exchange(handshake) if table else [handshake]
+    handshakes = bootstrap.exchange(handshake) if bootstrap else [handshake]
     compare_terms(handshakes)
     topology = find_topology(rank, handshakes, resolved.ranks_per_node)
     reason = why_not(handshakes, rank, topology.nodes[topology.node])
     if topology.num_nodes == 1 and len({each["host"] for each in handshakes}) > 1:
         reason = f"{reason}: {topology.found}"
-    reason = agree(table, reason) if table else reason
-    if reason and table and all(each["device"] for each in handshakes):
-        found = _apart(table, resolved, handshakes, _Survey(topology, reason))
+    reason = agree(bootstrap, reason) if bootstrap else reason
+    if reason and bootstrap and all(each["device"] for each in handshakes):
+        found = _apart(bootstrap, resolved, handshakes, _Survey(topology, reason))
         topology, reason = found.topology, found.why_not
     reason, wrong = reason or _unfit(resolved, topology), ""
     if not reason:
@@ -92,14 +92,14 @@ def _survey(group: dist.ProcessGroup | None, resolved: Resolved) -> _Survey:
             reason = f"rank {rank}: {resource_error('loading CUDA', error) or error}"
         except ConfigError as error:
             wrong = f"rank {rank}: {error}"
-    return _Survey(topology, _agree(table, reason, wrong))
+    return _Survey(topology, _agree(bootstrap, reason, wrong))
 
 
-def _agree(table: Bootstrap | None, reason: str, wrong: str) -> str:
+def _agree(bootstrap: Bootstrap | None, reason: str, wrong: str) -> str:
     """Return the reason of the lowest rank that has one, as `agree`. Collective.
 
     Args:
-        table: Exchanges handshakes of all ranks; None: there is one.
+        bootstrap: Exchanges handshakes of all ranks; None: there is one.
         reason: Why this rank cannot run the backend; empty if it can.
         wrong: What is wrong with its options; empty: nothing.
 
@@ -107,7 +107,7 @@ def _agree(table: Bootstrap | None, reason: str, wrong: str) -> str:
         ConfigError: on all ranks, if an option of any is wrong. One that left alone would let the others wait.
     """
     mine = {"why_not": reason, "wrong": wrong}
-    said = table.exchange(mine) if table else [mine]
+    said = bootstrap.exchange(mine) if bootstrap else [mine]
     # A rank that cannot load this module says nothing of its options; see `tokenferry.backends.choose`.
     wrong = next((each["wrong"] for each in said if each.get("wrong")), "")
     if wrong:
@@ -115,20 +115,20 @@ def _agree(table: Bootstrap | None, reason: str, wrong: str) -> str:
     return next((each["why_not"] for each in said if each["why_not"]), "")
 
 
-def _apart(table: Bootstrap, resolved: Resolved, handshakes: Sequence[dict[str, Any]], found: _Survey) -> _Survey:
+def _apart(bootstrap: Bootstrap, resolved: Resolved, handshakes: Sequence[dict[str, Any]], found: _Survey) -> _Survey:
     """Make each rank a node of its own, if GPUs of a node cannot map each other's memory. Collective.
 
     Args:
-        table: Exchanges handshakes of all ranks.
+        bootstrap: Exchanges handshakes of all ranks.
         resolved: The options; if they say how many ranks a node has, it stays so.
         handshakes: Those of all ranks.
         found: What was found before; why the backend cannot run is not empty.
     """
     old = found.topology
     mine = "" if resolved.ranks_per_node else unreachable(handshakes, old.rank, old.nodes[old.node])
-    apart = agree(table, mine)
+    apart = agree(bootstrap, mine)
     alone = Topology(old.rank, consecutive(old.num_ranks, 1), apart)
-    others = agree(table, why_not(handshakes, old.rank, (old.rank,)) or _unfit(resolved, alone))
+    others = agree(bootstrap, why_not(handshakes, old.rank, (old.rank,)) or _unfit(resolved, alone))
     if apart and not others:
         return _Survey(alone, "")
     return _Survey(old, f"{found.why_not}; and with each as a node of its own: {others}") if apart else found
@@ -174,16 +174,16 @@ def make_cuda_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Cu
     rank, num_ranks = _rank_and_size(group)
     device = _device()
     assert device is not None
-    table = _table(group, resolved, device)
+    bootstrap = _bootstrap(group, resolved, device)
     memory_bytes = torch.cuda.get_device_properties(device).total_memory
     num_bytes = CONTROL_BLOCK_BYTES + heap_bytes(resolved, num_ranks, memory_bytes, topology.num_nodes)
     key = secrets.token_hex(4)
     peers, group_id = None, 0
-    if table:
+    if bootstrap:
         terms = terms_of(resolved, topology, num_bytes)
         group_id = new_group_id(group) if group is not None and rank == 0 else 0
         process = asdict(Process.this())
-        handshakes = table.exchange({"terms": terms, "key": key, "group_id": group_id, "process": process})
+        handshakes = bootstrap.exchange({"terms": terms, "key": key, "group_id": group_id, "process": process})
         compare_terms(handshakes)
         key, group_id = handshakes[0]["key"], handshakes[0]["group_id"]
         peers = Peers([Process(**handshakes[peer]["process"]) for peer in here])
@@ -191,27 +191,27 @@ def make_cuda_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Cu
     if topology.num_nodes > 1 and resolved.network == "nvshmem":
         sizes = region_sizes(resolved.shape, topology, resolved.put_bytes)
     with ExitStack() as opened:  # is closed again if this fails, on this rank or on another one
-        window = share(table, rank, here, device, num_bytes, CONTROL_BLOCK_BYTES)
+        window = share(bootstrap, rank, here, device, num_bytes, CONTROL_BLOCK_BYTES)
         opened.callback(window.close)
         backend: CudaBackend | None = None
         reason = wrong = ""
         try:
-            if group is not None and table is not None and topology.num_nodes > 1:
+            if group is not None and bootstrap is not None and topology.num_nodes > 1:
                 network = None
                 if sizes is not None:
-                    network = nvshmem.make_network(table, topology, sizes, device, resolved.timeout_s)
-                rails = nccl_rails(table, resolved, topology, FailureReports(group, group_id, topology))
+                    network = nvshmem.make_network(bootstrap, topology, sizes, device, resolved.timeout_s)
+                rails = nccl_rails(bootstrap, resolved, topology, FailureReports(group, group_id, topology))
                 opened.callback(rails.close)
-                backend = assemble_across(window, resolved, key, topology, Links(rails, network))
+                backend = assemble_across(window, resolved, key, topology, InternodeLinks(rails, network))
             else:
                 backend = assemble(window, resolved, key, _why(window, num_ranks))
             opened.pop_all()
-            opened.callback(backend.close)  # which has all of it
+            opened.callback(backend.close)  # which owns all of these
         except (RuntimeError, OSError, MemoryError) as error:  # such as for want of pinned memory
             reason = f"rank {rank}: {resource_error('making the group', error) or error}"
         except ConfigError as error:
             wrong = f"rank {rank}: {error}"
-        reason = _agree(table, reason, wrong)
+        reason = _agree(bootstrap, reason, wrong)
         if backend is None or reason:
             raise _unavailable(reason)
         opened.pop_all()
@@ -243,11 +243,11 @@ def _unavailable(reason: str) -> BackendUnavailable:
     return BackendUnavailable(f"ExpertGroup: backend='cuda' cannot run: {reason}; use backend='cpu' or 'auto'")
 
 
-def nccl_rails(table: Bootstrap, resolved: Resolved, topology: Topology, reports: FailureReports) -> NcclRails:
+def nccl_rails(bootstrap: Bootstrap, resolved: Resolved, topology: Topology, reports: FailureReports) -> NcclRails:
     """Return the rails of a rank, with a communicator of their own. Collective.
 
     Args:
-        table: Exchanges handshakes of all ranks.
+        bootstrap: Exchanges handshakes of all ranks.
         resolved: The options.
         topology: The nodes.
         reports: Where a rank that gives up says for whom it waited.
@@ -261,7 +261,7 @@ def nccl_rails(table: Bootstrap, resolved: Resolved, topology: Topology, reports
             mine = new_unique_id().hex()
         except NcclError as error:
             why_not = f"rank {topology.rank}: {error}"
-    handshakes = table.exchange({"nccl": mine, "why_not": why_not})
+    handshakes = bootstrap.exchange({"nccl": mine, "why_not": why_not})
     for handshake in handshakes:
         if handshake["why_not"]:
             raise NcclError(handshake["why_not"])
@@ -276,7 +276,7 @@ def nccl_rails(table: Bootstrap, resolved: Resolved, topology: Topology, reports
         return NcclChannel(communicator, device, CudaStreams(driver))
 
     def enter() -> None:
-        torch.cuda.set_device(device)  # of the thread that looks after exchanges
+        torch.cuda.set_device(device)  # of the thread that watches exchanges
         relaxed = driver.cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
         driver.cuda.cuThreadExchangeStreamCaptureMode(relaxed)  # it asks about events while another captures a graph
 
@@ -308,7 +308,12 @@ def _runtime(
 
 
 def assemble_across(
-    window: Window, resolved: Resolved, key: str, topology: Topology, links: Links, runtime: Runtime | None = None
+    window: Window,
+    resolved: Resolved,
+    key: str,
+    topology: Topology,
+    links: InternodeLinks,
+    runtime: Runtime | None = None,
 ) -> AcrossBackend:
     """Return the backend of one rank of several nodes over the window of its node; local.
 
@@ -382,5 +387,5 @@ def _device() -> torch.device | None:
         return None
 
 
-def _table(group: dist.ProcessGroup | None, resolved: Resolved, device: torch.device | None) -> Bootstrap | None:
+def _bootstrap(group: dist.ProcessGroup | None, resolved: Resolved, device: torch.device | None) -> Bootstrap | None:
     return None if group is None or group.size() == 1 else Bootstrap(group, resolved.timeout_s, device)

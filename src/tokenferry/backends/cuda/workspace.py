@@ -147,8 +147,8 @@ class Workspaces:
         context: Context of this rank.
         allocator: Allocator of blocks of the heap.
         num_nodes: Nodes from which tokens come.
-        agree: Across nodes: called when a workspace is made with whether all ranks of this node have room for it; tells
-            other nodes, and returns the nodes that have none. None: there are no others.
+        agree: Across nodes: called when a workspace is made, with whether all ranks of this node have room for it;
+            exchanges that with the other nodes, and returns the nodes that have no room. None: there is one node.
 
     Attributes:
         now: The latest workspace, or None.
@@ -261,7 +261,7 @@ class Workspaces:
             self._num_made += 1
             workspace.clear()
         except CapacityError as error:
-            full = error.with_traceback(None)  # which would hold this frame, and this frame holds it
+            full = error.with_traceback(None)  # the traceback would form a cycle with this frame
         shared = self._share(call, sizes, 0 if workspace is None else workspace.block.offset)
         first = context.flight_recorder.first_rank
         without = [first + rank for rank, offset in shared.offsets.items() if not offset]

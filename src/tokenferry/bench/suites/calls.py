@@ -14,7 +14,7 @@ from tokenferry.bench.core.inputs import Inputs, Sizes, remote_rows
 from tokenferry.bench.core.session import Label, Session, Step, expert_group
 from tokenferry.bench.core.sets import Sets
 from tokenferry.errors import TokenferryError
-from tokenferry.tuning import Topology, tune
+from tokenferry.tuning import Machine, tune
 from tokenferry.types import Dispatched, DispatchOptions, Layout, Plan, Quantized
 
 ON_DEVICE = DispatchOptions(counts="device")
@@ -172,7 +172,7 @@ def default_sms(session: Session, group: ExpertGroup, call: str) -> int | None:
     num_sms = session.device.num_sms
     if num_sms == 0:
         return None
-    tuned = tune(group.shape, Topology(group.num_ranks, num_sms))
+    tuned = tune(group.shape, Machine(group.num_ranks, num_sms))
     return {"dispatch": tuned.dispatch_sms, "fetch": tuned.combine_sms, "push": tuned.push_sms}[kind_of(call)]
 
 

@@ -69,9 +69,9 @@ class CudaLinks:
         self.num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         self.timeout_s = timeout_s
         self._device = device
-        table = Bootstrap(pg, timeout_s, device) if self.num_ranks > 1 else None
+        bootstrap = Bootstrap(pg, timeout_s, device) if self.num_ranks > 1 else None
         size = ROWS_OFFSET + window_bytes(row_bytes, self.num_ranks)
-        self._window: Window = share(table, self.rank, range(self.num_ranks), device, size, ROWS_OFFSET)
+        self._window: Window = share(bootstrap, self.rank, range(self.num_ranks), device, size, ROWS_OFFSET)
         self._jit = Jit(device.index or 0, cache, arch=env.read_one("arch"))
         with closing(Device(device.index or 0)) as opened:
             self._smem_bytes = opened.smem_bytes() - spec.STORE.static_smem

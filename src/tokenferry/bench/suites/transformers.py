@@ -19,7 +19,7 @@ from tokenferry.bench.core.device import no_collections
 from tokenferry.bench.core.models import STEPS, Precision, in_turns, take_gradients
 from tokenferry.bench.core.session import Session
 from tokenferry.bench.core.wall import Seconds, seconds_of_runs, wall_times
-from tokenferry.bench.suites.transformers_models import VOCABULARY, Layout, Way, layouts, save_model
+from tokenferry.bench.suites.transformers_models import VOCABULARY, ParallelLayout, Way, layouts, save_model
 from tokenferry.errors import BackendUnavailable
 from tokenferry.integrations import transformers as integration
 from tokenferry.integrations.versions import installed
@@ -75,7 +75,7 @@ def _folder(session: Session) -> Iterator[Path]:
         dist.barrier(session.pg)
 
 
-def _prepare(session: Session, folder: Path) -> tuple[Layout, ...]:
+def _prepare(session: Session, folder: Path) -> tuple[ParallelLayout, ...]:
     """Write the model, and return how it can be shared. Collective."""
     found = layouts(session.settings.ranks)
     own = sorted({layout.own.name for layout in found})
@@ -86,7 +86,7 @@ def _prepare(session: Session, folder: Path) -> tuple[Layout, ...]:
     return found
 
 
-def _measure(session: Session, folder: Path, layout: Layout, tokens: int) -> None:
+def _measure(session: Session, folder: Path, layout: ParallelLayout, tokens: int) -> None:
     batch = Batch.draw(session, tokens, shared=layout.shared)
     about = {"own": layout.own.name, "batches": layout.batches}
     models: dict[str, Model] = {}
@@ -189,7 +189,7 @@ class Model:
         return ids
 
 
-def _compare_generation(session: Session, layout: Layout, models: Mapping[str, Model], batch: Batch) -> None:
+def _compare_generation(session: Session, layout: ParallelLayout, models: Mapping[str, Model], batch: Batch) -> None:
     """Check that all models generate the same ids. Collective.
 
     Raises:

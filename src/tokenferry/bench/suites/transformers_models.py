@@ -34,7 +34,7 @@ class Way:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Layout:
+class ParallelLayout:
     """Ways to share the experts of a model between ranks that have their batches in the same manner.
 
     Attributes:
@@ -50,7 +50,7 @@ class Layout:
     others: tuple[Way, ...]
 
 
-def layouts(num_ranks: int) -> tuple[Layout, ...]:
+def layouts(num_ranks: int) -> tuple[ParallelLayout, ...]:
     """Return what the installed version of transformers can do, after making tokenferry known to it.
 
     Raises:
@@ -68,8 +68,8 @@ def layouts(num_ranks: int) -> tuple[Layout, ...]:
             return Way(name, {"distributed_config": parallel})
 
         return (
-            Layout("one each", False, way("all_to_all", shared=False), (way(OURS, shared=False),)),
-            Layout(
+            ParallelLayout("one each", False, way("all_to_all", shared=False), (way(OURS, shared=False),)),
+            ParallelLayout(
                 "one for all",
                 True,
                 way("all_to_all", shared=True),
@@ -80,13 +80,13 @@ def layouts(num_ranks: int) -> tuple[Layout, ...]:
         sizes = {"tp_size": num_ranks, "ep_size": num_ranks}
         arguments = {"distributed_config": DistributedConfig(**sizes)}
         ours = Way(OURS, {**arguments, "experts_implementation": OURS})
-        return (Layout("one for all", True, Way("all_to_all", arguments), (ours,)),)
+        return (ParallelLayout("one for all", True, Way("all_to_all", arguments), (ours,)),)
     experts = "model.layers.*.mlp.experts"
     plan = {f"{experts}.gate_up_proj": "grouped_gemm", f"{experts}.down_proj": "grouped_gemm"}
     own = DistributedConfig(tp_size=num_ranks, enable_expert_parallel=True)
     ours = DistributedConfig(tp_size=num_ranks, tp_plan=plan)
     return (
-        Layout(
+        ParallelLayout(
             "one for all",
             True,
             Way("all_reduce", {"distributed_config": own}),

@@ -56,7 +56,7 @@ from tokenferry.compat.deep_ep import config as configs
 from tokenferry.compat.deep_ep import throughput
 from tokenferry.compat.deep_ep.arguments import MOST_BYTES, Rows, check_config, check_integer, check_sizes, refuse
 from tokenferry.compat.deep_ep.config import Config
-from tokenferry.compat.deep_ep.connect import DEFAULT_QUEUE_PAIRS, LEAST_HEAP_BYTES, Puts, closing, connect
+from tokenferry.compat.deep_ep.connect import DEFAULT_QUEUE_PAIRS, LEAST_HEAP_BYTES, NvshmemNeeds, closing, connect
 from tokenferry.compat.deep_ep.low_latency_calls import LowLatencyCalls
 from tokenferry.compat.deep_ep.runtime import Runtime
 from tokenferry.compat.deep_ep.streams import Lane, when_of
@@ -194,7 +194,7 @@ class Buffer(Connected, LowLatencyCalls):
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
         heap_bytes = max(num_nvl_bytes, num_rdma_bytes, LEAST_HEAP_BYTES)
-        puts = Puts(num_rdma_bytes, num_qps_per_rank, allow_nvlink_for_low_latency_mode)
+        puts = NvshmemNeeds(num_rdma_bytes, num_qps_per_rank, allow_nvlink_for_low_latency_mode)
         self._experts = connect("Buffer", group, heap_bytes=heap_bytes, enable_shrink=enable_shrink, puts=puts)
         self.rank, self.group_size = self._experts.rank, self._experts.num_ranks
         self._lane = Lane(self._experts.device)

@@ -24,8 +24,8 @@ DEFAULT_QUEUE_PAIRS = 24
 """``num_qps_per_rank`` of a caller that asks for nothing."""
 
 
-class Puts(NamedTuple):
-    """What a buffer asks of low-latency calls over NVSHMEM, with TOKENFERRY_NETWORK=nvshmem.
+class NvshmemNeeds(NamedTuple):
+    """What a buffer needs of NVSHMEM for low-latency calls, with TOKENFERRY_NETWORK=nvshmem.
 
     Attributes:
         num_bytes: Memory that other nodes put them into.
@@ -70,7 +70,7 @@ def connect(
     heap_bytes: int,
     timeout_s: float | None = None,
     enable_shrink: bool = False,
-    puts: Puts | None = None,
+    puts: NvshmemNeeds | None = None,
     service_level: int | None = None,
 ) -> ExpertGroup:
     """Make the group of a buffer. Collective.
@@ -135,7 +135,7 @@ def _check_network(owner: str, group: ExpertGroup, settings: env.DeepEpSettings)
         return
     unseen = settings.network
     if "nvshmem" in group.transport:  # it reads its own variables, but NCCL, for the other calls, does not
-        unseen = tuple(name for name in unseen if not name.startswith("NVSHMEM_") or name not in settings.told_nccl)
+        unseen = tuple(name for name in unseen if not name.startswith("NVSHMEM_") or name not in settings.set_for_nccl)
     if not unseen:
         return
     names = ", ".join(f"{name} ({env.DEEP_EP_NETWORK[name]} of NCCL)" for name in unseen)
@@ -149,19 +149,19 @@ def _check_network(owner: str, group: ExpertGroup, settings: env.DeepEpSettings)
 def _check_service_level(
     owner: str, group: ExpertGroup, settings: env.DeepEpSettings, service_level: int | None
 ) -> None:
-    """Refuse a service level, if the group uses a network that is not told about it."""
+    """Refuse a service level, if the group uses a network that does not get it."""
     if service_level is None or group.topology.num_nodes == 1:
         return
-    told = settings.nccl_service_level
-    if "nccl" in group.transport and told == str(service_level):
+    configured = settings.nccl_service_level
+    if "nccl" in group.transport and configured == str(service_level):
         return
     raise UnsupportedError(
         f"{owner}: sl_idx={service_level}: transport {group.transport} between {group.topology} does not take it; "
-        f"leave it out, or with NCCL set NCCL_IB_SL={service_level} on all ranks (it is {told or 'not set'})"
+        f"leave it out, or with NCCL set NCCL_IB_SL={service_level} on all ranks (it is {configured or 'not set'})"
     )
 
 
-def _check_puts(owner: str, group: ExpertGroup, settings: env.DeepEpSettings, puts: Puts) -> None:
+def _check_puts(owner: str, group: ExpertGroup, settings: env.DeepEpSettings, puts: NvshmemNeeds) -> None:
     """Refuse what NVSHMEM would not do: it reads its variables, which DeepEP sets, and nothing here does."""
     if "nvshmem" not in group.transport:
         return

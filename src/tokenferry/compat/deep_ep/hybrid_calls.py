@@ -294,7 +294,7 @@ def dispatch_into(
 ) -> tuple[Dispatched[Tensor | Quantized], HybridHandle]:
     """Send as many rows as fit into the budget of each rank; the host does not wait. Collective.
 
-    Ranks tell each other first how many tokens they have for each expert. So each knows the places of its rows, and
+    Ranks first exchange how many tokens they have for each expert. So each knows the places of its rows, and
     sends only those that lie inside of the budget.
 
     Args:

@@ -253,7 +253,7 @@ def combine(
 
 @not_compiled
 def _receive(views: Views, call: str, receive: Hook) -> None:
-    """Call a hook, whose errors get the words of this API. One function for all hooks: to exempt one takes 1 us."""
+    """Call a hook, and reword its errors for this API. One function for all hooks: `not_compiled` takes 1 us."""
     try:
         receive()
     except TokenferryError as error:

@@ -85,8 +85,8 @@ class LowLatencyCalls:
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
         """Clean nothing: no call needs a buffer that an earlier one left clean. Local without ``enable_shrink``.
 
-        With ``enable_shrink`` it is collective, like a low-latency call: DeepEP's has barriers, so that programs expect
-        a rank that does not come to be masked afterwards.
+        With ``enable_shrink`` it is collective, like a low-latency call: DeepEP's has barriers, so programs expect that
+        a rank that does not come is masked afterwards.
 
         Raises:
             ArgumentError: a size is not a positive integer.

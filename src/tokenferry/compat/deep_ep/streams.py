@@ -139,7 +139,7 @@ class Lane:
             try:
                 result = work()
             except BaseException:  # it may have launched something
-                with suppress(RuntimeError):  # CUDA's: it can tell nothing any more
+                with suppress(RuntimeError):  # of CUDA, whose events cannot be recorded any more
                     self._keep(EventHandle.behind(self.stream), inputs)
                 raise
             done = EventHandle.behind(self.stream)

@@ -104,7 +104,7 @@ class Wording:
         num_experts: int = 0,
         renamed: Mapping[str, str] | None = None,
     ) -> None:
-        """Change the message of an error; the caller raises it on. A message in words of the dialect stays as it is.
+        """Rewrite the message of an error, to be raised again; a message in words of the dialect stays as it is.
 
         Args:
             error: The error of a native call. On GPUs it may be that of an earlier one.

@@ -3,9 +3,9 @@
 //
 // Grid     one block. Not collective. This rank is on p.node.
 // Reads    what device/across.cuh says; null headers: they have been checked. goes [N], comes [N]: what the plan of
-//          this rank says about rows for the rank across on each node, and from it; null: there is no plan yet, and any
+//          this rank says about rows for the rail peer on each node, and from it; null: there is no plan yet, and any
 //          number will do. p.skips: whether masked nodes are left out.
-// Writes   wait_ns, if somebody counts; and if something is wrong, the record of the host and peers' control blocks, as
+// Writes   wait_ns, if counted; and if something is wrong, the record of the host and peers' control blocks, as
 //          any kernel that gives up.
 // Cost     a launch. sm_90a: <= 64 registers, 0 spills.
 // Tests    tests/cuda/test_node_kernels.py, tests/emulator/test_across_nodes.py, tests/compile.

@@ -1,11 +1,11 @@
 // across_open: across nodes, at the start of a redispatch, a combine or a warmup, and where a decode call makes memory:
-// writes what the ranks across from this one get to know of the call first, as dispatch_split does for a dispatch.
+// writes what the rail peers get to know of the call first, as dispatch_split does for a dispatch.
 //
 // Grid     one block. Not collective.
-// Reads    goes [N], comes [N]: rows for the rank across from this one on each node, and from it, along the plan of
+// Reads    goes [N], comes [N]: rows for the rail peer on each node, and from it, along the plan of
 //          this rank; null: none. Where a decode call makes memory, goes says whether this node has room for it.
 // Writes   headers [N][kRailWords]: the signature, then these words. Also if the group is broken: peers compare what
-//          they get. What nothing has come to yet: came [N][kRailWords], the same from the ranks across, zeros; states
+//          they get. What nothing has come to yet: came [N][kRailWords], the same from the rail peers, zeros; states
 //          [N][chunks][2], of each chunk that will come kNothingCame, of others 0. Rows of p.cut_node come in chunks,
 //          which begin at the rows p.chunk_first, those of any other node in one.
 // Cost     a launch. sm_90a: <= 40 registers, 0 spills.

@@ -3,9 +3,9 @@
 //
 // Grid     any number of blocks, at least 2; p.phases: whether this launch sends, receives, or both.
 // Reads    x [T, H], topk_idx [T, K] in [-1, E), weights [T, K]. Across nodes (kRelays) this rank passes on the tokens
-//          of the ranks across from it like its own: their rows lie in `records`, cast already, each with its token
+//          of its rail peers like its own: their rows lie in `records`, cast already, each with its token
 //          behind it; T, topk_idx and weights are of all these tokens; experts and ranks are those of this node.
-//          overflows [N]: how many tokens for one other node the rank across had, if these were too many; else 0.
+//          overflows [N]: how many tokens for one other node the rail peer had, if these were too many; else 0.
 // Writes   workspaces of peers: words (rows for each expert, mask of tokens), notes (for each row: experts, its number
 //          among the rows of each from this rank, weights), packets (rows, scales).
 //          Own memory: out [L, R*M, ...], scales [L, S, R*M], counts, src_token, src_range, row_weights, the plan's

@@ -13,7 +13,7 @@ DEV i64 index_at(const DecodeDispatchParams& p, u32 i) {
     return p.wide ? static_cast<const i64*>(p.topk_idx)[i] : (i64) static_cast<const i32*>(p.topk_idx)[i];
 }
 
-// Across nodes (kRelays) this rank passes on tokens of the ranks across from it. They come before its own: p.segment of
+// Across nodes (kRelays) this rank passes on tokens of its rail peers. They come before its own: p.segment of
 // each other node, in the order of nodes, some of them unused. A segment: the tokens of one node.
 struct Segment {
     u32 node, first;

@@ -1,4 +1,4 @@
-// decode_open: across nodes, at the start of a decode combine: writes what the ranks across from this one get to know
+// decode_open: across nodes, at the start of a decode combine: writes what the rail peers get to know
 // of the call, and the weights of this rank's tokens, side by side for each node that is to apply them.
 //
 // Grid     any number of blocks. Not collective.

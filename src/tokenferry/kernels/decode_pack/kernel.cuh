@@ -1,5 +1,5 @@
 // decode_pack: across nodes, at the start of a decode dispatch: casts the rows that go to other nodes, and lays them
-// side by side for the rank across there, each with its routing.
+// side by side for the rail peer there, each with its routing.
 //
 // Grid     any number of blocks. Each finds the slots of all tokens for itself; the first one also reports what is
 //          wrong. Not collective.

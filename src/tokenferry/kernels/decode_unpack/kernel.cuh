@@ -4,8 +4,8 @@
 // Grid     any number of blocks; the first one checks. Not collective.
 // Reads    what device/across.cuh says; records [N - 1][segment][record_units]: see decode_pack.
 // Writes   ids [(N - 1) * segment][K]: experts of this node, -1: none; weights, if it is not null, likewise. overflows
-//          [N]: how many tokens for one other node the rank across had, if these were too many for it, so that it has
-//          sent none; else 0. wait_ns, if somebody counts. From masked nodes nothing has come.
+//          [N]: how many tokens for one other node the rail peer had, if these were too many for it, so that it has
+//          sent none; else 0. wait_ns, if counted. From masked nodes nothing has come.
 // Faults   If anything is wrong with what has come, this rank gives up: later kernels are no-ops.
 // Cost     reads and writes the routing of (N - 1) * segment tokens. sm_90a: <= 64 registers, 0 spills.
 // Tests    tests/cuda/test_decode_rails.py, tests/emulator/test_across_decode.py, tests/compile.

@@ -3,7 +3,7 @@
 // know yet. An exchange that was given up ends as one that was not. All functions work on any params struct with the
 // fields
 //
-//   headers [N][kRailWords]    what the rank across from this one on each node said when it began the call; zeros where
+//   headers [N][kRailWords]    what the rail peer on each node said when it began the call; zeros where
 //                              nothing has come
 //   epoch                      the epoch of the dispatch whose rows a decode combine sends; null: it is another call
 //   states [num_states][2]     the words `stopped` and `failed` of that rank when it sent something; number 0 is number
@@ -27,7 +27,7 @@ DEV u32 rail_word(const P& p, u32 word) {
     return word == kDispatchWord && p.epoch ? (u32)*p.epoch : p.handshake[word];
 }
 
-// Writes what the ranks across from this one get to know of a decode call, and empties `came` and `states`, where they
+// Writes what the rail peers get to know of a decode call, and empties `came` and `states`, where they
 // say the same; called by all threads of a block. `overflow`: what goes into kRowsWord.
 template <class P>
 DEV void open_rails(const P& p, u32 overflow) {
@@ -39,7 +39,7 @@ DEV void open_rails(const P& p, u32 overflow) {
     for (u32 i = threadIdx.x; i < p.num_nodes * 2; i += blockDim.x) p.states[i] = i / 2 == p.node ? 0 : kNothingCame;
 }
 
-// Compares one word that the rank across on node m sent; called by one thread. Returns whether it is `expected`.
+// Compares one word that the rail peer on node m sent; called by one thread. Returns whether it is `expected`.
 template <class P>
 DEV bool compare_word(const P& p, u32 m, u32 word, u32 expected) {
     const u32 seen = p.headers[m * kRailWords + word];
@@ -47,7 +47,7 @@ DEV bool compare_word(const P& p, u32 m, u32 word, u32 expected) {
     return seen == expected;
 }
 
-// Compares the signature that the rank across on node m sent; called by one thread. Returns whether it made this call.
+// Compares the signature that the rail peer on node m sent; called by one thread. Returns whether it made this call.
 template <class P>
 DEV bool compare_signature(const P& p, u32 m) {
     if (!p.headers[m * kRailWords]) {  // no call has such a kind
@@ -65,7 +65,7 @@ DEV bool has_waited_for(const P& p, u32 m, bool skips) {
     return m != p.node && !(skips && is_node_masked(p, m) && !is_node_untold(p, m));
 }
 
-// Adds the time of the wait for an exchange to the counters of the ranks across from this one; called by one thread.
+// Adds the time of the wait for an exchange to the counters of the rail peers; called by one thread.
 template <class P>
 DEV void count_wait(const P& p, bool skips) {
     if (!p.since || !p.wait_ns) return;

@@ -1,5 +1,5 @@
-// Messages that the ranks across from each other put into each other's memory, without a host. All functions work on
-// any params struct with the fields
+// Messages that rail peers (ranks with the same local index on other nodes) put into each other's memory, without a
+// host. All functions work on any params struct with the fields
 //
 //   region         memory of this rank that the others put into: as large on all ranks, with everything at the same
 //                  place
@@ -7,14 +7,14 @@
 //                    staging [2][N][message_bytes]     [parity][to]: what is on its way to a node that is not mapped
 //                    flags   [2][N][max_chunks] u64    [parity][from][chunk]: number of the exchange << 32 | bytes of
 //                            the body
-//   network        [2N + 1] u64: for each node where the region of the rank across there is mapped, 0: nowhere; then,
+//   network        [2N + 1] u64: for each node where the region of the rail peer there is mapped, 0: nowhere; then,
 //                  for each node, the number of that rank in the network library; then an address that the library may
 //                  use
 //   message_bytes, max_chunks
 //   body_bytes     bytes of a body: what a message brings, the same for all nodes
 //   num_nodes, node
 //
-// A message is a head of kMessageHead bytes (the words for the rank across, then the state of the sender), and a body,
+// A message is a head of kMessageHead bytes (the words for the rail peer, then the state of the sender), and a body,
 // which travels in chunks of kRailChunk bytes, the first one with the head. Each chunk has a flag, so they may come in
 // any order.
 //
@@ -35,7 +35,7 @@
 // struct,
 //
 //   put_signal(p, m, to, from, bytes, signal, value)
-//                    by one warp: copies `bytes` from this rank's region to the rank across on node m, and then sets
+//                    by one warp: copies `bytes` from this rank's region to the rail peer on node m, and then sets
 //                    the word `signal` there to `value`, in this order. `to` and `signal` are addresses in the region
 //                    of this rank, and mean the same places of the other one. Returns at once.
 //   quiet(p)         by one thread: returns when what this rank has put is complete.
@@ -55,7 +55,7 @@ DEV u64* flag_in(const P& p, u8* region, u32 epoch, u32 from, u32 chunk) {
     return flags + (u64)((epoch & 1) * p.num_nodes + from) * p.max_chunks + chunk;
 }
 
-// The region of the rank across on node m as this GPU reaches it; null: it does not.
+// The region of the rail peer on node m as this GPU reaches it; null: it does not.
 template <class P>
 DEV u8* mapped_region(const P& p, u32 m) {
     const u64 address = p.network[m];

@@ -2,7 +2,7 @@
 //
 // Grid     any number of blocks; each takes units of 128 tokens. Not collective.
 // Reads    topk_idx [T, K]; table [units, R + N], bases [R + N] and mine [N][kRailWords] of dispatch_split; came
-//          [N][kRailWords], what the ranks across have said, if there is no p.apart. R ranks on N nodes; this one is on
+//          [N][kRailWords], what the rail peers have said, if there is no p.apart. R ranks on N nodes; this one is on
 //          p.node.
 // Writes   slots [T, N]: the row of a token among those for all other nodes (by node, then token); for the own node the
 //          token itself; -1: it does not go there. parcels_out (dispatch_rails/parcels.cuh): for each other node these
@@ -62,7 +62,7 @@ DEV void vacate_rows(u32 top_k, u64 first, u64 end, Vacate vacate) {
     for (u64 i = first * top_k + blockIdx.x * blockDim.x + threadIdx.x; i < end * top_k; i += step) vacate(i);
 }
 
-// Marks what no token fills, neither of this rank nor of those across from it.
+// Marks what no token fills, neither of this rank nor of its rail peers.
 DEV void vacate_rest(const DispatchRailsParams& p, bool skips) {
     for (u32 m = 0; m < p.num_nodes; m++) {
         const u64 segment = (u64)m * p.segment;

@@ -1,8 +1,8 @@
-// dispatch_relay: across nodes, when the routing of a dispatch has come: checks that the ranks across made this call,
+// dispatch_relay: across nodes, when the routing of a dispatch has come: checks that the rail peers made this call,
 // says how many tokens this rank passes on, and lays out their routing.
 //
 // Grid     any number of blocks. Not collective. N nodes; this rank is on p.node.
-// Reads    headers [N][kRailWords]: what the rank across on each node said. mine [N][kRailWords]: what this rank said,
+// Reads    headers [N][kRailWords]: what the rail peer on each node said. mine [N][kRailWords]: what this rank said,
 //          as dispatch_split wrote it. parcels_in (dispatch_rails/parcels.cuh) of all other nodes, of as many tokens as
 //          the headers say, or of p.apart each. p.segment: tokens of a segment of the routing. p.capacity: how many
 //          tokens cross if counts stay on the device, used or not; else 0.

@@ -8,9 +8,9 @@
 // Writes   table [units, R + N]: tokens of earlier units, per rank, then per node. bases [R + N]: tokens for lower
 //          ranks; then where the rows for each node begin among those for all other nodes: behind each other, or with a
 //          p.capacity each that many apart, if counts stay on the device. dst_counts [R]. headers [N][kRailWords]: what
-//          the rank across from this one gets to know: the signature, and how many tokens come. The host: rows for all
+//          the rail peer gets to know: the signature, and how many tokens come. The host: rows for all
 //          ranks, then tokens for each node.
-//          What nothing has come to yet: came [N][kRailWords], headers from the ranks across, zeros; states
+//          What nothing has come to yet: came [N][kRailWords], headers from the rail peers, zeros; states
 //          [num_states][2], kNothingCame.
 // Order    1 all blocks  a unit's tokens per column (a token counts once per rank, once per node)
 //          2 last block  columns over all units, bases; counts for the host, then the call number, with release
@@ -107,7 +107,7 @@ DEV i32 write_bases(const i32* counts, u32 num, u32 except, i32* sums) {
     return before;
 }
 
-// Empties what the ranks across from this one say; called by one block.
+// Empties what the rail peers say; called by one block.
 DEV void empty_words(const DispatchSplitParams& p) {
     for (u32 i = threadIdx.x; i < p.num_nodes * kRailWords; i += blockDim.x) p.came[i] = 0;
     for (u32 i = threadIdx.x; i < 2 * p.num_states; i += blockDim.x) p.states[i] = kNothingCame;

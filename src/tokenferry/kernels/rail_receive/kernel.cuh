@@ -1,7 +1,7 @@
 // rail_receive: across nodes, in a decode call of a group that puts: waits for the messages of the exchange that
 // rail_send has begun, and copies them to where the call wants them.
 //
-// Grid     any number of blocks, which take chunks of bodies round robin. Waits for the ranks across from this one, but
+// Grid     any number of blocks, which take chunks of bodies round robin. Waits for the rail peers, but
 //          for masked ones in calls that leave them out (p.skips). p.waits = 0: waits only until all that this rank has
 //          put is complete.
 // Reads    the landing and the flags of this rank: see device/rails.cuh.
@@ -21,10 +21,10 @@
 constexpr u32 kFailed = 0;  // this rank has given up
 constexpr u32 kCame = 1;
 constexpr u32 kOther = 2;    // the body of this message has another size
-constexpr u32 kSkipped = 3;  // the rank across is masked
+constexpr u32 kSkipped = 3;  // the rail peer is masked
 constexpr u32 kNotYet = 4;
 
-// Handles a rank across that is late, or has masked this one. Returns kSkipped or kFailed.
+// Handles a rail peer that is late, or has masked this one. Returns kSkipped or kFailed.
 DEV u32 lose(const RailReceiveParams& p, u32 m, u32 seen, u32 epoch, u64 waited) {
     if (!p.mask_late || !p.skips) {
         give_up(p, kLateNode, p.rank, m * p.num_ranks + p.rank, seen, epoch, p.rank, waited);

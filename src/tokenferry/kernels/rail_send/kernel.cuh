@@ -1,10 +1,10 @@
-// rail_send: across nodes, in a decode call of a group that puts: sends a message to the rank across from this one on
+// rail_send: across nodes, in a decode call of a group that puts: sends a message to the rail peer on
 // each other node.
 //
 // Grid     any number of blocks, which take chunks of bodies round robin. Waits for nobody.
 // Reads    bodies [N - 1][body_bytes], for the other nodes in their order; headers [N][kRailWords], null: messages have
 //          none; this rank's state.
-// Writes   the landing of the rank across, and its flags: see device/rails.cuh. A mapped one gets bulk stores, and a
+// Writes   the landing of the rail peer, and its flags: see device/rails.cuh. A mapped one gets bulk stores, and a
 //          release of the flag; another one a put_signal from the staging of this rank.
 //          Nothing goes to masked nodes in calls that leave them out (p.skips), but once, after a kernel has masked
 //          one, a head whose flag says so.

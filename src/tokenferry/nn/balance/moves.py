@@ -1,4 +1,4 @@
-"""Experts on their way to other ranks, between two steps."""
+"""Moving experts to other ranks, between two steps."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def rebalance(layer: MoELayer, placement: Placement, *, optimizer: torch.optim.O
     try:
         _move(layer.group, tensors, old, new, error)
     finally:
-        del error  # it holds this frame, and it the tensors, until the collector comes
+        del error  # a cycle through this frame would keep the tensors alive
     router.place(new)
 
 

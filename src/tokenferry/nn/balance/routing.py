@@ -232,7 +232,7 @@ class PlacedRouter(nn.Module):
         return self._map(self.router(x))
 
     def reset_parameters(self) -> None:
-        """Draw the parameters of the router again, if it can do that. Local."""
+        """Initialise the parameters of the router again, if it can do that. Local."""
         router = unwrapped(self.router)
         if hasattr(router, "reset_parameters"):
             router.reset_parameters()

@@ -36,7 +36,7 @@ from tokenferry.backends.cuda.across.rails import Rails
 from tokenferry.backends.cuda.across.relay import AcrossPlan
 from tokenferry.backends.cuda.backend import CudaBackend
 from tokenferry.backends.cuda.context import Call, Context
-from tokenferry.backends.cuda.fast_path import Calls
+from tokenferry.backends.cuda.fast_path import BackendCalls
 from tokenferry.backends.cuda.signature import Signature
 from tokenferry.errors import ClosedError, PeerTimeout, UnsupportedError
 from tokenferry.kernels.all import ACROSS_NODES
@@ -54,7 +54,7 @@ from tokenferry.types import (
 
 
 @dataclass(frozen=True, slots=True)
-class Links:
+class InternodeLinks:
     """What carries exchanges between nodes.
 
     Attributes:
@@ -89,7 +89,7 @@ class AcrossBackend(CudaBackend):
         key: str,
         why: str,
         topology: Topology,
-        links: Links,
+        links: InternodeLinks,
         resolved: Resolved,
     ) -> None:
         super().__init__(context, key, why, fast_path=resolved.fast_path)
@@ -175,7 +175,7 @@ class AcrossBackend(CudaBackend):
         """See `tokenferry.backends.base.Backend`."""
         if not self._has_fast_path:
             return None
-        calls = Calls(
+        calls = BackendCalls(
             self.context,
             self._dispatcher,
             self._combiner,
@@ -251,7 +251,7 @@ class AcrossBackend(CudaBackend):
                 raise error
             raise found from error
         finally:
-            # They hold this frame, and what other frames of the call hold would wait for the collector.
+            # Reference cycles through this frame would keep the memory of the call alive until garbage collection.
             del error, found
 
     def _at_fault(self, error: Exception) -> Exception:
@@ -269,7 +269,7 @@ class AcrossBackend(CudaBackend):
         elif isinstance(error, PeerTimeout) and self._rails.lost is not None:
             found = copy.copy(self._rails.lost)  # a kernel knows only that nothing came
         reports.post(FailureReport.of(found))
-        self.context.tell_peers()  # after the report, which they will look for
+        self.context.notify_peers()  # after the report, which they will look for
         if isinstance(found, PeerTimeout):
             patient_s = patience_s(self.context.timeout_s, found.waited_s)
             found = reports.explain(found, start + patient_s, _no_text)

@@ -48,8 +48,8 @@ class AcrossCombineForm:
     widths: RowWidths
 
 
-class Home(NamedTuple):
-    """The sums of all nodes for the tokens of this rank, and where they are added up.
+class PartialSums(NamedTuple):
+    """The sums of each node for the tokens of this rank, and where their totals go.
 
     Attributes:
         own: Address of those of the own node.
@@ -157,8 +157,8 @@ class AcrossCombiner:
             transfers = self._send_sums(form, call, along, source, swaps, opening, sums_at)
             here = along.segments.get(relay.node) or along.segment(relay.node)
             self._inside.add_up(inside, call, source, here, Sums(own, weights_out=own_weights))
-            home = Home(own, own_weights, others, biases, out, weights_out)
-            self._collect(form, call, along, opening, transfers, home)
+            partial_sums = PartialSums(own, own_weights, others, biases, out, weights_out)
+            self._collect(form, call, along, opening, transfers, partial_sums)
         return Combined(out, weights_out)
 
     def _send_sums(
@@ -194,11 +194,11 @@ class AcrossCombiner:
         along: RelayAddresses,
         opening: Opening,
         transfers: Transfers,
-        home: Home,
+        partial_sums: PartialSums,
     ) -> None:
         """Let the stream wait for all sums, check them, and add them up.
 
-        First of all it is checked who has called: others may never come. Nodes send one after the other. If the last
+        The headers are checked first: sums of another call may never come. Nodes send one after the other. If the last
         one sends chunks, those tokens are added up meanwhile whose sums are there: the place of a token among those for
         a node is at most its own number, so that all tokens below the first one of the next chunk are complete.
         """
@@ -217,16 +217,18 @@ class AcrossCombiner:
                 unconfirmed = None
             if left and node == last:
                 ready = form.chunks.firsts[number + 1]
-                self._add_up(form, call, along, home, range(done, min(ready, along.whole.num_tokens)))
+                self._add_up(form, call, along, partial_sums, range(done, min(ready, along.whole.num_tokens)))
                 done = ready
         crossing.check(call, opening.words, opening.src_counts, opening=unconfirmed)
-        self._add_up(form, call, along, home, range(done, along.whole.num_tokens))
+        self._add_up(form, call, along, partial_sums, range(done, along.whole.num_tokens))
 
-    def _add_up(self, form: AcrossCombineForm, call: Call, along: RelayAddresses, home: Home, tokens: range) -> None:
+    def _add_up(
+        self, form: AcrossCombineForm, call: Call, along: RelayAddresses, partial_sums: PartialSums, tokens: range
+    ) -> None:
         """Add up the sums of all nodes, and the biases, for some tokens."""
         if not tokens:
             return
-        own, own_weights, others, biases, out, weights_out = home
+        own, own_weights, others, biases, out, weights_out = partial_sums
         at, weights_at = tokens.start * form.widths.row, tokens.start * form.widths.weights
         form.sum.pack(
             call.alive, call.number, call.signature.words,

@@ -1,6 +1,7 @@
-"""What ranks of different nodes say about a call, compared by the host while its first exchange is under way.
+"""Comparison of the headers of rail peers by the host, while the first exchange of a call is under way.
 
-Kernels compare it when the exchange has ended. That of two different calls may never end, for NCCL compares no sizes.
+Kernels compare headers when the exchange has ended. But an exchange of two different calls may never end, because NCCL
+compares no sizes.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from tokenferry.topology import Topology
 
 
 class HeaderAddresses(NamedTuple):
-    """Where it is written what the ranks across from this one say about a call, and what they should; addresses.
+    """Addresses of what the rail peers say about a call, and of what they should say.
 
     Attributes:
         headers: ``[N, RAIL_WORDS]`` int32: what they say; zeros where nothing has come.
@@ -44,7 +45,7 @@ class HeaderAddresses(NamedTuple):
 
 
 class Comparer:
-    """Compares what the ranks across from one rank say. It does not keep the group, which it outlives in CUDA graphs.
+    """Compares what the rail peers of a rank say. It does not keep the group alive, and outlives it in CUDA graphs.
 
     Args:
         device: The device of the rank.
@@ -58,7 +59,7 @@ class Comparer:
         self._recorder = recorder
 
     def compare(self, call: Call, at: HeaderAddresses) -> TokenferryError | None:
-        """Return the error if a rank across from this one has made another call, as far as is known; see `Compare`."""
+        """Return the error if a rail peer has made another call, as far as is known; see `Compare`."""
         headers, goes, comes, src_counts, epoch = at
         if src_counts and self._read(src_counts, 1, torch.int64)[0] < 0:
             return None  # the plan was aborted, and what follows from it is undefined
@@ -83,7 +84,7 @@ class Comparer:
         return None
 
     def mismatch(self, call: Call, node: int, word: int, seen: int, expected: int) -> TokenferryError:
-        """Return the error: the rank across on a node said something else in a word than this one expected."""
+        """Return the error: a word from the rail peer on a node is not what this rank expected."""
         record = Record(Fault.node_mismatch, call.number, 0, word, seen, expected, self._rail[node], 0)
         return self._recorder.explain(record)
 

@@ -11,23 +11,23 @@ from tokenferry.backends.cuda.across.relay import Relay
 from tokenferry.kernels.control_block import RAIL_WORDS
 
 STATE_BYTES = 8
-"""Of the state of a chunk."""
+"""Bytes of the state of a chunk."""
 
 
 HEADER_BYTES = 4 * RAIL_WORDS
-"""Of what a rank says to another one."""
+"""Bytes of the header that a rank sends to a rail peer."""
 
 
 class Words(NamedTuple):
-    """What ranks say in a call besides, and those across from this one say.
+    """The headers and states that a rank and its rail peers send each other in a call, besides rows.
 
-    An exchange that is given up ends as any other: `headers` stay zeros, and `NOTHING_CAME` stays in states, so that
-    what it should have brought is not taken for good. The first kernel of a call writes them so.
+    The first kernel of a call sets `headers` to zeros, and states to `NOTHING_CAME`. They stay so if an exchange is
+    given up, which ends like any other, so that data that never came is not taken for valid.
 
     Attributes:
         memory: Keeps them.
-        mine: Address of ``[N, RAIL_WORDS]`` int32: what the ranks across get to know, in the first exchange.
-        headers: The same of what comes from them.
+        mine: Address of ``[N, RAIL_WORDS]`` int32: the headers for the rail peers, sent in the first exchange.
+        headers: Likewise those that come from them.
         states: Address of ``[N, chunks, 2]`` int32: their states when they sent a chunk.
         chunks: Chunks of a node.
     """
@@ -43,7 +43,7 @@ class Opening(NamedTuple):
     """What a call along a plan says before its rows, in the exchange that brings the first of them.
 
     Attributes:
-        words: What the ranks across from this one say about it.
+        words: What the rail peers say about it.
         goes: Address of ``[N]`` int32: rows for each node along the plan of this rank; 0: there is none.
         comes: The same of rows from there.
         src_counts: Address of `Plan.src_counts`, -1 if the plan was aborted.

@@ -29,19 +29,19 @@ _MAX_CHUNKS = 256
 
 
 class Crossing:
-    """The exchanges of one rank with those across from it.
+    """The exchanges of one rank with its rail peers.
 
     Args:
         context: Context of this rank.
         topology: The nodes.
         rails: What carries the exchanges.
-        expected: What rows are cut into chunks for.
+        expected: The expected traffic, by which rows are cut into chunks.
 
     Attributes:
-        own_state: Address of what this rank tells with its rows: whether these are valid.
+        own_state: Address of the state that this rank sends with its rows: whether they are valid.
         others: The other nodes.
         steps: The steps of exchanges with one node after the other.
-        comparer: Compares what ranks say in an exchange that lasts.
+        comparer: Compares headers while an exchange lasts.
         rails: As given.
     """
 
@@ -73,7 +73,7 @@ class Crossing:
         return call
 
     def join(self, call: Call, transfer: Transfer, since: int) -> int:
-        """Let the stream wait for an exchange; ``since``: address of an int64 for when it began, if somebody counts.
+        """Let the stream wait for an exchange; ``since``: address of an int64 for when it began, if waits are counted.
 
         Returns:
             int: ``since`` in that case, else 0.
@@ -99,11 +99,11 @@ class Crossing:
         return Words(memory, mine, came, came + headers, chunks), mine + end
 
     def open(self, call: Call, words: Words) -> Transfer:
-        """Exchange what ranks say about a call, ``words``, by itself: of one size, so that this ends in any case."""
+        """Exchange only the headers of a call, ``words``: they have a fixed size, so that this ends in any case."""
         return self.rails.exchange(call, self._headers(words), words.memory)
 
     def _headers(self, words: Words) -> list[Part]:
-        """Return the parts of the exchange of what ranks say about a call."""
+        """Return the parts of the exchange of headers."""
         parts = []
         for node in self.others:
             at = node * HEADER_BYTES
@@ -121,10 +121,10 @@ class Crossing:
         return Opening(words, goes, comes, src_counts, None)
 
     def counts(self, call: Call, words: Words, transfer: Transfer, num_tokens: int) -> tuple[int, ...]:
-        """Return, by node, how many tokens come from the rank across there; of the own node all T.
+        """Return, by node, how many tokens come from the rail peer there; of the own node all T.
 
         Raises:
-            MismatchError: a rank across from this one has made another call.
+            MismatchError: a rail peer has made another call.
             PeerTimeout: one did not answer in time.
         """
         transfer.wait()
@@ -139,7 +139,7 @@ class Crossing:
         return tuple(counts)
 
     def _read(self, words: Words) -> list[int]:
-        """Return what the ranks across have said; waits for the device."""
+        """Return what the rail peers have said; waits for the device."""
         context, num = self._context, RAIL_WORDS * self._num_nodes
         said: list[int] = tensor_at(words.headers, (num,), torch.int32, context.device, words.memory).tolist()
         return said
@@ -148,7 +148,7 @@ class Crossing:
         """Return, by node, what its ranks say there: the same number on all ranks of a node.
 
         Raises:
-            PeerTimeout: a rank across from this one did not answer in time.
+            PeerTimeout: a rail peer did not answer in time.
         """
         words = torch.full((len(self._rail), 1), most, dtype=torch.int32, device=self._context.device)
         at = words.data_ptr()
@@ -252,7 +252,7 @@ class Crossing:
         return tensor_at(src_counts, (num_ranks,), torch.int64, context.device, context.window).clamp(max=0)
 
     def confirm(self, call: Call, opening: Opening) -> None:
-        """Launch what makes later kernels no-ops if a rank across from this one made another call.
+        """Launch what makes later kernels no-ops if a rail peer made another call.
 
         ``opening``: what the call has said.
         """
@@ -267,7 +267,7 @@ class Crossing:
     def check(
         self, call: Call, words: Words, src_counts: int, swap: Swap | None = None, opening: Opening | None = None
     ) -> None:
-        """Launch what makes later kernels no-ops if a rank across from this one sent undefined data, or none.
+        """Launch what makes later kernels no-ops if a rail peer sent undefined data, or none.
 
         Args:
             call: The call.

@@ -1,6 +1,6 @@
 """Decode calls across nodes: fixed capacity, no waiting host, so that a CUDA graph can capture them.
 
-A token crosses once for each other node that it goes to, to the rank across there, which acts for it as for its own
+A token crosses once for each other node that it goes to, to the rail peer there, which acts for it as for its own
 tokens: it passes the row on inside its node, and adds up what the node sends back. What crosses has the same size in
 every call: a segment of slots for each node, used or not.
 

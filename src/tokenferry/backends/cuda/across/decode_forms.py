@@ -44,7 +44,7 @@ class RailSizes(NamedTuple):
 
     Its parts: the table of the kernels of one node; ``ids`` ``[V, K]``, the experts on this node of all tokens that
     this rank acts for, as `decode_unpack` and `decode_pack` write them; ``slots`` ``[T, N]`` of `decode_pack`; then the
-    number of the dispatch, the same on all ranks across from each other.
+    number of the dispatch, the same on all ranks of a rail.
 
     Attributes:
         num_nodes: N.
@@ -142,7 +142,7 @@ class RecordMemory(NamedTuple):
     """Where the parts of the memory of a dispatch lie, in bytes from its beginning.
 
     Attributes:
-        words: What ranks tell each other besides.
+        words: What ranks send each other besides rows.
         sent: Records for other nodes.
         came: Records from them.
         weights: ``[tokens, K]``: weights of all tokens that this rank acts for.

@@ -67,7 +67,7 @@ class SumMemory(NamedTuple):
     """Where the parts of the memory of a combine lie, in bytes from its beginning.
 
     Attributes:
-        words: What ranks tell each other besides.
+        words: What ranks send each other besides rows.
         pending: What the kernel that sends leaves for the one that receives: two int32.
         weights: ``[tokens, K]``: those of all tokens that this rank acts for; undefined for fast sums.
         weights_out: Those for other nodes; nothing for fast sums.
@@ -304,7 +304,7 @@ class NodeSums:
     def _check_words(
         self, form: DecodeSumForm, call: Call, sums: SumsUnderWay, since: int, *, headers: int, num_states: int
     ) -> None:
-        """Launch what makes later kernels no-ops if a rank across made another call, or sent undefined data or none."""
+        """Launch what makes later kernels no-ops if a rail peer made another call, or sent undefined data or none."""
         self._check.pack(
             call.wait_ns, call.alive, call.number, call.signature.words,
             headers, sums.plan.table + 4 * form.sizes.number, since, 0, 0, sums.at + form.memory.words.states,

@@ -1,6 +1,6 @@
 """Dispatch and redispatch across nodes.
 
-A row crosses the network once for each other node that it goes to, to the rank across there, which passes it on. So on
+A row crosses the network once for each other node that it goes to, to the rail peer there, which passes it on. So on
 each rank the kernels of one node see, behind each other, the tokens of all ranks of its rail that go to this node: one
 segment for each node. Rows of this node are moved while those of others are on their way.
 """
@@ -34,9 +34,9 @@ from tokenferry.backends.cuda.context import Call, Context
 from tokenferry.backends.cuda.dispatch import payload_of
 from tokenferry.backends.cuda.forms import (
     NO_SCALE,
-    Payload,
     RecvOffsets,
     Scales,
+    SendBuffers,
     expand,
     move,
     row_kind,
@@ -54,7 +54,7 @@ from tokenferry.types import Dispatched, DispatchOptions, Layout, MoeShape, Plan
 _MAX_FORMS = 256
 
 
-class Passing(NamedTuple):
+class RowsInTransit(NamedTuple):
     """Rows on their way between nodes.
 
     Attributes:
@@ -62,17 +62,17 @@ class Passing(NamedTuple):
         rows: Where the parcels from other nodes are, when their exchange has ended.
         memory: Keeps them.
         transfers: The exchanges.
-        words: What the ranks across from this one say.
+        words: What the rail peers say about the call.
     """
 
-    own: Payload
+    own: SendBuffers
     rows: int
     memory: Tensor
     transfers: Transfers
     words: Words
 
 
-class Going(NamedTuple):
+class OutgoingTokens(NamedTuple):
     """Which tokens of this rank go to other nodes.
 
     Attributes:
@@ -129,7 +129,7 @@ class AcrossDispatcher:
                 'DispatchOptions(counts="device") without a capacity'
             )
         return self.send(
-            form, call, Payload(rows.data_ptr(), scale, address(weights), index.data_ptr()), index.shape[0]
+            form, call, SendBuffers(rows.data_ptr(), scale, address(weights), index.data_ptr()), index.shape[0]
         )
 
     def form(self, shape: MoeShape, options: DispatchOptions, kind: RowKind, num_sms: int | None) -> AcrossForm:
@@ -162,7 +162,7 @@ class AcrossDispatcher:
         """Return the form: across nodes no call guesses how many rows there will be."""
         return form
 
-    def send(self, form: AcrossForm, call: Call, payload: Payload, num_tokens: int) -> Dispatched[Any]:
+    def send(self, form: AcrossForm, call: Call, payload: SendBuffers, num_tokens: int) -> Dispatched[Any]:
         """Make a plan and send rows along it.
 
         With counts on the host it waits for the device: for its own counts, since a bad index must be found before
@@ -172,7 +172,7 @@ class AcrossDispatcher:
         """
         rows, waits, tight, planner, steps = form.rows, form.waits, form.tight, self._planner, self._crossing.steps
         begun = planner.begin(form, call, payload, num_tokens)
-        sizes, went, passing, counts, received, into = begun.sizes, None, None, None, None, None
+        sizes, went, in_transit, counts, received, into = begun.sizes, None, None, None, None, None
         if sizes is not None:  # the routing is written while the host waits
             plan, routed = planner.write(form, begun, sizes)
         # Nothing has been sent yet: if there is no memory, the group is still whole.
@@ -196,7 +196,7 @@ class AcrossDispatcher:
             relay, swaps = sizes.routing, sizes.swaps
             self._pack_new(form, begun, plan, out)
             if swaps is not None and not tight:
-                passing = self._begin_rows(rows, begun, relay, swaps, out, into)
+                in_transit = self._begin_rows(rows, begun, relay, swaps, out, into)
             planner.relay(form, begun, plan, routed, coming)
             if went is None or not form.at_once:
                 planner.notify(form, call, plan, routed)
@@ -206,7 +206,7 @@ class AcrossDispatcher:
             swaps = relay.swaps(steps, rows.chunks, rows.widths, back=False)
             with self._breaking_off:
                 if not tight:
-                    passing = self._begin_rows(rows, begun, relay, swaps, out)
+                    in_transit = self._begin_rows(rows, begun, relay, swaps, out)
                 planner.notify(form, call, plan, routed)
         if waits or tight:
             with self._waiting:
@@ -220,9 +220,9 @@ class AcrossDispatcher:
                 if rows.chunks.num > 1 and relay.most > rows.chunks.firsts[1]:  # ranks of this node pass on several
                     swaps = relay.swaps(steps, rows.chunks, rows.widths, back=False)
             assert swaps is not None
-            passing = passing or self._begin_rows(rows, begun, relay, swaps, out, into)
+            in_transit = in_transit or self._begin_rows(rows, begun, relay, swaps, out, into)
             result, recv = received or self._recv(form, call, plan, relay, counts)
-            self._move(rows, call, plan._along, swaps, passing, recv, routed)
+            self._move(rows, call, plan._along, swaps, in_transit, recv, routed)
             if rows.expand is not None or result.leaves_block:
                 self._expand(rows, call, result, plan, plan._along)
         return result
@@ -233,12 +233,12 @@ class AcrossDispatcher:
             return
         slots = plan._block.address + plan._layout.places + 4 * plan._relay_layout.slots
         goes = begun.split.words.mine + 4 * ROWS_WORD
-        going = Going(slots, plan._dst_counts.data_ptr(), goes, begun.num_tokens)
-        _pack(form.rows, begun.call, going, begun.payload, out.data_ptr())
+        outgoing = OutgoingTokens(slots, plan._dst_counts.data_ptr(), goes, begun.num_tokens)
+        _pack(form.rows, begun.call, outgoing, begun.payload, out.data_ptr())
 
     def _begin_rows(
         self, form: MoveForm, begun: Begun, relay: Relay, swaps: Sequence[Swap], out: Tensor, into: Tensor | None = None
-    ) -> Passing:
+    ) -> RowsInTransit:
         """Begin to send the rows that go to other nodes, and to receive theirs; ``into``: made here where it is None.
 
         How many come is known when others have sent their routing: a rank without memory for them breaks the group.
@@ -247,7 +247,7 @@ class AcrossDispatcher:
             into = self._context.empty((relay.first_in[-1] * form.widths.pitch,), (1,), torch.uint8)
         words, at = begun.split.words, into.data_ptr()
         transfers = self._crossing.rows(begun.call, swaps, words, out.data_ptr(), at, (out, into))
-        return Passing(begun.payload, at, into, transfers, words)
+        return RowsInTransit(begun.payload, at, into, transfers, words)
 
     def _check_capacity(self, form: AcrossForm, call: Call) -> None:
         """Compare the rows of the fullest rank of each node with the capacity, so that all ranks raise or none."""
@@ -323,7 +323,7 @@ class AcrossDispatcher:
         kind = row_kind(rows, scale, weighted=weights is not None, topk_idx=None, top_k=along.whole.top_k)
         form = self.redispatch_form(request.shape, plan, kind, along.whole.num_local, request.num_sms)
         call = self._crossing.begin(form.signature)
-        return self.send_again(form, call, plan, along, Payload(rows.data_ptr(), scale, address(weights), 0))
+        return self.send_again(form, call, plan, along, SendBuffers(rows.data_ptr(), scale, address(weights), 0))
 
     def redispatch_form(
         self, shape: MoeShape, plan: Plan, kind: RowKind, num_local: int, num_sms: int | None
@@ -337,7 +337,7 @@ class AcrossDispatcher:
         return form
 
     def send_again(
-        self, form: MoveForm, call: Call, plan: Plan, along: RelayAddresses, payload: Payload
+        self, form: MoveForm, call: Call, plan: Plan, along: RelayAddresses, payload: SendBuffers
     ) -> Dispatched[Any]:
         """Send rows along a plan, whose addresses are given, too."""
         relay, crossing, pitch = along.relay, self._crossing, form.widths.pitch
@@ -355,11 +355,11 @@ class AcrossDispatcher:
             opening = crossing.announce(call, words, form.chunks, along.went, along.came, along.whole.src_counts)
             into_at = out_at + num_out * pitch
             if num_out:
-                going = Going(along.slots, along.dst_counts, along.went, along.whole.num_tokens)
-                _pack(form, call, going, payload, out_at)
+                outgoing = OutgoingTokens(along.slots, along.dst_counts, along.went, along.whole.num_tokens)
+                _pack(form, call, outgoing, payload, out_at)
             transfers = crossing.rows(call, swaps, words, out_at, into_at, opening=opening)
-            passing = Passing(payload, into_at, words.memory, transfers, words)
-            self._move(form, call, along, swaps, passing, recv, opening)
+            in_transit = RowsInTransit(payload, into_at, words.memory, transfers, words)
+            self._move(form, call, along, swaps, in_transit, recv, opening)
             if form.expand is not None or result.leaves_block:
                 self._expand(form, call, result, plan, along)
         return result
@@ -388,7 +388,7 @@ class AcrossDispatcher:
         call: Call,
         along: RelayAddresses,
         swaps: Sequence[Swap],
-        passing: Passing,
+        in_transit: RowsInTransit,
         recv: RecvOffsets,
         begun: Routed | Opening,
     ) -> None:
@@ -397,11 +397,11 @@ class AcrossDispatcher:
         ``begun``: the routing of a dispatch, or the opening of a call along a plan.
         """
         relay, sms, src_counts, crossing = along.relay, form.sms.links, along.whole.src_counts, self._crossing
-        routing, own = None, passing.own
+        routing, own = None, in_transit.own
         if isinstance(begun, Routed):
             routing = begun.routing
             ids = routing.ids + relay.node * relay.segment * routing.id_bytes
-            own = Payload(own.rows, own.scale, own.weights, ids)
+            own = SendBuffers(own.rows, own.scale, own.weights, ids)
         move(form.move, call, sms, recv, own, along.segments.get(relay.node) or along.segment(relay.node))
         opening = begun if isinstance(begun, Opening) else None  # a dispatch has compared calls before it counted
         if opening is not None and opening.transfer is not None:
@@ -413,14 +413,14 @@ class AcrossDispatcher:
             along = along._replace(no_counts=address(no_counts))
         for swap in swaps:
             chunk = swap.recv
-            transfer = passing.transfers.get((chunk.node, swap.number))
+            transfer = in_transit.transfers.get((chunk.node, swap.number))
             if transfer is not None:
                 transfer.join()
             if transfer is not None and (chunk.num or opening is not None):
-                crossing.check(call, passing.words, src_counts, swap, opening)
+                crossing.check(call, in_transit.words, src_counts, swap, opening)
                 opening = None
             if swap.used:  # else no rank of this node has tokens in it
-                payload = _passed_on(form, passing.rows, chunk, routing)
+                payload = _passed_on(form, in_transit.rows, chunk, routing)
                 move(form.pass_on, call, sms, recv, payload, along.part(swap, chunk))
 
     def _expand(self, form: MoveForm, call: Call, result: LazyDispatched, plan: Plan, along: RelayAddresses) -> None:
@@ -433,9 +433,9 @@ class AcrossDispatcher:
             result.leave_block()
 
 
-def _pack(form: MoveForm, call: Call, going: Going, payload: Payload, out_at: int) -> None:
+def _pack(form: MoveForm, call: Call, outgoing: OutgoingTokens, payload: SendBuffers, out_at: int) -> None:
     """Make parcels of the rows that go to other nodes."""
-    slots, dst_counts, went, num_tokens = going
+    slots, dst_counts, went, num_tokens = outgoing
     scale_at, row_stride, stride = NO_SCALE if payload.scale is None else scale_of(payload)
     form.pack.pack(
         call.alive, call.number, call.signature.words,
@@ -444,7 +444,7 @@ def _pack(form: MoveForm, call: Call, going: Going, payload: Payload, out_at: in
     form.pack.launch(form.sms.local, call.stream)
 
 
-def _passed_on(form: MoveForm, rows_at: int, chunk: Chunk, routing: CrossingRouting | None) -> Payload:
+def _passed_on(form: MoveForm, rows_at: int, chunk: Chunk, routing: CrossingRouting | None) -> SendBuffers:
     """Return a chunk that came from another node, to be passed on; ``routing``: of a dispatch."""
     at, widths, scales, weights, ids, tokens = rows_at + chunk.at, form.widths, None, 0, 0, 0
     if widths.scale:
@@ -454,4 +454,4 @@ def _passed_on(form: MoveForm, rows_at: int, chunk: Chunk, routing: CrossingRout
     if routing is not None:
         ids = routing.ids + (chunk.node * routing.relay.segment + chunk.first) * routing.id_bytes
         tokens = routing.tokens + 4 * (routing.relay.first_in[chunk.node] + chunk.first)
-    return Payload(at, scales, weights, ids, tokens)
+    return SendBuffers(at, scales, weights, ids, tokens)

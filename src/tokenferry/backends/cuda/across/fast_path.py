@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from tokenferry.backends.base import QuickChecks
-from tokenferry.backends.cuda.fast_path import Calls, CudaFastPath
+from tokenferry.backends.cuda.fast_path import BackendCalls, CudaFastPath
 from tokenferry.types import (
     Combined,
     DecodeCombined,
@@ -38,7 +38,7 @@ class AcrossFastPath(CudaFastPath):
     """
 
     def __init__(
-        self, calls: Calls, shape: MoeShape, checks: QuickChecks, explain: Callable[[Exception], NoReturn]
+        self, calls: BackendCalls, shape: MoeShape, checks: QuickChecks, explain: Callable[[Exception], NoReturn]
     ) -> None:
         super().__init__(calls, shape, checks)
         self._explain = explain

@@ -222,7 +222,7 @@ def new_across_form(group: Group, plan: PlanForm, shape: MoeShape, kind: RowKind
     notify.smem_bytes = notify_spec.smem_bytes(sizes.num_experts, context.num_ranks, num_nodes)
     signature = dispatch_signature(geometry, kind, options.capacity or 0)
     moved = MoveSizes(shape, options, kind, geometry.num_local, geometry.sizes.capacity, num_sms)
-    went = Went(RAIL_WORDS, M if on_device else 0)
+    send_counts = SendCounts(RAIL_WORDS, M if on_device else 0)
     relay = across_launch.relay_template(context, topology, group.host, K, wide=wide)
     relay.params.capacity = M if on_device else 0
     relay.params.apart = rails.params.apart
@@ -232,7 +232,7 @@ def new_across_form(group: Group, plan: PlanForm, shape: MoeShape, kind: RowKind
     return AcrossForm(
         signature,
         geometry,
-        _move_form(group, signature, moved, went),
+        _move_form(group, signature, moved, send_counts),
         plan,
         split,
         rails,
@@ -290,7 +290,7 @@ def new_again_form(group: Group, moved: MoveSizes) -> MoveForm:
     """Return the form of a redispatch along a plan."""
     layout = LAYOUT_CODES[moved.options.layout]
     signature = Signature("redispatch", layout=layout, **signature_fields(moved.kind))
-    return _move_form(group, signature, moved, Went(1, 0))
+    return _move_form(group, signature, moved, SendCounts(1, 0))
 
 
 def beside_nccl(context: Context, num_sms: int) -> int:
@@ -306,8 +306,8 @@ def cap_sms(context: Context, num_sms: int | None) -> int | None:
     return None if num_sms is None else beside_nccl(context, num_sms)
 
 
-class Went(NamedTuple):
-    """How `dispatch_pack` gets to know how many rows go to each node.
+class SendCounts(NamedTuple):
+    """The form in which `dispatch_pack` reads how many rows go to each node.
 
     Attributes:
         stride: Words between the numbers of two nodes.
@@ -318,7 +318,7 @@ class Went(NamedTuple):
     capacity: int
 
 
-def _move_form(group: Group, signature: Signature, moved: MoveSizes, went: Went) -> MoveForm:
+def _move_form(group: Group, signature: Signature, moved: MoveSizes, send_counts: SendCounts) -> MoveForm:
     context, topology = group.context, group.topology
     kind, by_expert = moved.kind, moved.options.layout is not Layout.ROWS
     # Rows from other nodes come with their scales side by side.
@@ -329,7 +329,7 @@ def _move_form(group: Group, signature: Signature, moved: MoveSizes, went: Went)
         spread.params.num_sources = topology.num_ranks
     widths, chunks = RowWidths.of(kind), group.crossing.chunks(kind.row_bytes)
     pack = across_launch.pack_template(context, topology, kind, chunks, widths.pitch)
-    pack.params.went_stride, pack.params.capacity = went
+    pack.params.went_stride, pack.params.capacity = send_counts
     return MoveForm(
         signature,
         kind,

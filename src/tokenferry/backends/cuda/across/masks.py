@@ -1,8 +1,8 @@
 """Masks of a CUDA group of several nodes whose messages are put: see `tokenferry.backends.cuda.masks`.
 
-A rank knows by itself what has become of the ranks of its node, as in a group of one node, and of those across from it
-(`rail_receive`). A masked rank passes nothing on: what a rank would send through the one across from it goes to nobody
-on that node. That takes no agreement: each of the two that do not reach each other leaves out the rows between it and
+A rank finds out by itself which ranks of its node are lost, as in a group of one node, and which of its rail peers
+(`rail_receive`). A masked rank passes nothing on: rows that would go through a masked rail peer reach no rank of that
+node. That takes no agreement: each of two rail peers that do not reach each other leaves out the rows between it and
 the other one's node.
 """
 
@@ -30,7 +30,7 @@ class AcrossMasks(Masks):
         context: Context of this rank, in its node.
         decoder: Decode calls of this rank.
         topology: The nodes.
-        puts: Exchanges with the ranks across from this one.
+        puts: Exchanges with the rail peers.
     """
 
     def __init__(self, context: Context, decoder: Decoding, topology: Topology, puts: Puts) -> None:

@@ -1,4 +1,4 @@
-"""What decode calls send to the ranks across from this one: one message for each, all of one size."""
+"""What decode calls send to the rail peers: one message for each, all of one size."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tokenferry.backends.cuda.signature import Signature
 
 
 class Messages(NamedTuple):
-    """Where messages for the ranks across from this one lie, and those from them come.
+    """Where messages for the rail peers lie, and those from them come.
 
     Attributes:
         mine: What this rank says about the call: ``[N, RAIL_WORDS]`` int32; 0: it has said it, and so have they.
@@ -91,7 +91,7 @@ class MessageRails(ABC):
             has_room: Whether all ranks of this node have, which all of them know.
 
         Raises:
-            MismatchError: a rank across from this one has made another call.
+            MismatchError: a rail peer has made another call.
             PeerTimeout: one did not answer in time.
         """
 

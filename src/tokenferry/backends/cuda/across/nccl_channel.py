@@ -48,7 +48,7 @@ class RailChannel(Protocol):
         ...
 
     def aside(self) -> AbstractContextManager[object]:
-        """Return what makes a stream the current one of this thread that no exchange, and nothing else, lies on."""
+        """Return a context in which the current stream of this thread is one on which no other work is queued."""
         ...
 
     def error(self) -> str:
@@ -67,7 +67,7 @@ class RailChannel(Protocol):
 class _Events:
     """Events before and after an exchange. They are used again when nobody can ask about it any more.
 
-    Events of torch would do, but to make, record and wait for two takes the host half as long again.
+    Events of torch would do, but to make, record and wait for two takes the host 50 % longer.
     """
 
     __slots__ = ("_begun", "_ended", "_over", "_streams")
@@ -119,7 +119,7 @@ class NcclChannel:
         try:
             for _ in range(2):
                 self._owned.append(streams.new(priority=-1))
-        except RuntimeError:  # the ranks across have made theirs
+        except RuntimeError:  # the rail peers have made theirs
             self.abort()
             self.close()
             raise
@@ -128,7 +128,7 @@ class NcclChannel:
         self._aside = torch.cuda.ExternalStream(self._other, device)  # type: ignore[no-untyped-call]
 
     def greet(self) -> None:
-        """Exchange a byte with each other rank, for NCCL connects two ranks when they first do. Blocks."""
+        """Exchange a byte with each other rank, since NCCL connects two ranks in their first exchange. Blocks."""
         ranks = range(self._communicator.num_ranks)
         words = torch.zeros(2, len(ranks), dtype=torch.uint8, device=self._stream.device)
         others = [rank for rank in ranks if rank != self._communicator.rank]

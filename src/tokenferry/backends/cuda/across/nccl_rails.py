@@ -1,10 +1,10 @@
 """Rails over NCCL, one communicator for each rail.
 
-A kernel of NCCL does not return while a rank is silent. So a thread looks after all exchanges: when one does not end
+A kernel of NCCL does not return while a rank is silent. So a thread watches all exchanges: when one does not end
 within the deadline, counted from when its stream has reached it, or NCCL reports an error, the thread aborts the
 communicator, which ends the kernels. The CUDA context stays usable. While an exchange lasts, the thread also asks
-whether a rank has reported that it has given up: the ranks of a node notice at once that a process there has ended,
-those of other nodes only so, or by the end of its connections.
+whether a rank has reported that it has given up: the ranks of a node notice at once that a process there has ended, but
+ranks of other nodes only by such a report, or by the end of its connections.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ _HOPELESS_S = 1.0
 _ASK_S = 1.0
 """How long an exchange lasts before the reports of other ranks are asked for, and between two such questions."""
 _COMPARE_S = 1.0
-"""How long an exchange lasts before it is looked at what has come of it, and between two such looks."""
+"""How long an exchange lasts before the headers that have come are compared, and between two such comparisons."""
 _REPLAYS_S = 0.5
-"""How often to ask where replays of graphs are."""
+"""How often to query the progress of replays of graphs."""
 _MOST_ASKED = 1024
-"""How many exchanges of graphs are asked at a time. Those of a graph that is gone stay among them: nothing says so."""
+"""How many exchanges of graphs are queried at a time, those of destroyed graphs included: nothing reports their end."""
 _SHORT_WAIT_S = 0.002
 """How long a wait on the host polls without sleeping."""
 _LONG_WAIT_POLL_S = 0.0001
@@ -122,7 +122,7 @@ class NcclRails:
         topology: The nodes.
         timeout_s: Seconds that an exchange may take.
         reports: Where a rank that gives up says for whom it waited.
-        enter_thread: Called first in the thread that looks after exchanges, and in those that compare calls.
+        enter_thread: Called first in the thread that watches exchanges, and in those that compare calls.
     """
 
     name = "nccl"
@@ -238,7 +238,7 @@ class NcclRails:
     def _first_of_replays(self, now: float) -> NcclTransfer | None:
         """Return an exchange of a graph that the device was at in the last look, too; None: there is none.
 
-        Replays cannot be told apart. But nobody finds one after another at the same exchange all the time.
+        Replays cannot be distinguished. But if none hangs, not every look finds a replay at the same exchange.
         """
         stuck = [each for each in self._at_work if each.has_begun(now)]
         asked = self._in_graphs[self._ask_from : self._ask_from + _MOST_ASKED]
@@ -293,11 +293,11 @@ class NcclRails:
 
     @property
     def closed(self) -> bool:
-        """Whether nothing is to be looked after any more."""
+        """Whether there is nothing to watch any more."""
         return self._closed
 
     def fail(self, error: RuntimeError) -> None:
-        """End all exchanges after an error of CUDA on this rank. Calls meet it as well, but perhaps none is made."""
+        """End all exchanges after an error of CUDA on this rank. The next call would raise it, but may never come."""
         if self._latest is not None and self.lost is None:
             self.give_up(self._latest, 0.0, f"{_LATE}: {error}", FailureReport.of(error))
 
@@ -306,7 +306,7 @@ class NcclRails:
     ) -> PeerTimeout:
         """End all exchanges, for the sake of one of them; return the error, which `raise_lost` raises from now on.
 
-        ``report``: what other ranks are told, if that is not this error.
+        ``report``: what is reported to other ranks, if that is not this error.
         """
         nodes = tuple(sorted({node for _, _, node, _ in exchange.parts}))
         peers = [self._topology.rail[node] for node in nodes]
@@ -367,7 +367,7 @@ def _look_after(
     looks: list[threading.Thread],
     enter_thread: Callable[[], object] | None,
 ) -> None:
-    """Look after the exchanges of a rank until its rails are closed or gone; then close the channel.
+    """Watch the exchanges of a rank until its rails are closed or gone; then close the channel.
 
     ``_under_way``: held for as long as the thread runs; see `NcclRails`.
     """
@@ -385,7 +385,7 @@ def _look_after(
                 time.sleep(_POLL_S)
         except RuntimeError as error:  # CUDA's; from now on `check` finds nothing to look at
             assert found is not None
-            with suppress(Exception):  # whatever becomes of telling others: the channel has to be closed
+            with suppress(Exception):  # even if reporting fails, the channel has to be closed
                 found.fail(error)
     for look in looks:  # it reads the memory of calls
         look.join(_CLOSE_S)

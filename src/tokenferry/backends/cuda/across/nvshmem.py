@@ -171,12 +171,12 @@ class NvshmemDevice:
 
 
 def make_network(
-    table: Bootstrap, topology: Topology, sizes: RegionSizes, device: torch.device, timeout_s: float
+    bootstrap: Bootstrap, topology: Topology, sizes: RegionSizes, device: torch.device, timeout_s: float
 ) -> Network:
     """Return the network of a rank: initialise NVSHMEM if nobody has, and take memory. Collective.
 
     Args:
-        table: Exchanges handshakes of all ranks.
+        bootstrap: Exchanges handshakes of all ranks.
         topology: The nodes.
         sizes: The sizes of the memory.
         device: The GPU of this rank.
@@ -186,7 +186,7 @@ def make_network(
         NvshmemError: it failed on a rank, or did not end; the same on all ranks.
     """
     found = library()
-    unique_id = _agree_on_id(table, topology, found)
+    unique_id = _agree_on_id(bootstrap, topology, found)
     region, reason = 0, ""
 
     def take() -> int:
@@ -199,10 +199,10 @@ def make_network(
         torch.cuda.synchronize(device)
     except RuntimeError as error:
         reason = f"rank {topology.rank}: {error}"
-    reason = agree(table, reason)  # from here on all have zeroed theirs
+    reason = agree(bootstrap, reason)  # from here on all have zeroed theirs
     if reason:
         raise NvshmemError(reason)
-    pes = [handshake["pe"] for handshake in table.exchange({"pe": found.nvshmem_my_pe()})]
+    pes = [handshake["pe"] for handshake in bootstrap.exchange({"pe": found.nvshmem_my_pe()})]
     mapped = [0 if rank == topology.rank else found.nvshmem_ptr(region, pes[rank]) or 0 for rank in topology.rail]
     words = [*mapped, *(pes[rank] for rank in topology.rail), 0]
     made: Network | None = None
@@ -211,13 +211,13 @@ def make_network(
         made = Network("nvshmem", SEND, RECEIVE, sizes, region, addresses, library=NvshmemDevice.find())
     except (RuntimeError, OSError) as error:
         reason = f"rank {topology.rank}: {error}"
-    reason = agree(table, reason)  # the next exchange of all ranks is another one
+    reason = agree(bootstrap, reason)  # the next exchange of all ranks is another one
     if made is None or reason:
         raise NvshmemError(reason)
     return made
 
 
-def _agree_on_id(table: Bootstrap, topology: Topology, found: ctypes.CDLL) -> bytes:
+def _agree_on_id(bootstrap: Bootstrap, topology: Topology, found: ctypes.CDLL) -> bytes:
     """Return the unique id with which the ranks initialise NVSHMEM; empty if all have. Collective.
 
     Raises:
@@ -229,7 +229,7 @@ def _agree_on_id(table: Bootstrap, topology: Topology, found: ctypes.CDLL) -> by
         unique_id = _UniqueId(version=_version(_UniqueId))
         result = found.nvshmemx_get_uniqueid(ctypes.byref(unique_id))
         mine, why_not = bytes(unique_id).hex(), f"nvshmemx_get_uniqueid failed with status {result}" if result else ""
-    handshakes = table.exchange({"unique_id": mine, "is_initialised": is_initialised, "why_not": why_not})
+    handshakes = bootstrap.exchange({"unique_id": mine, "is_initialised": is_initialised, "why_not": why_not})
     if handshakes[0]["why_not"]:
         raise NvshmemError(f"rank 0: {handshakes[0]['why_not']}")
     if len({handshake["is_initialised"] for handshake in handshakes}) > 1:

@@ -91,7 +91,7 @@ class Chunks:
 
 
 class Expected(NamedTuple):
-    """What chunks are cut for.
+    """The expected traffic, by which rows are cut into chunks.
 
     Attributes:
         tokens: Tokens of a rank for the same other node; see `tokenferry.tuning.tokens_for_node`.

@@ -15,7 +15,7 @@ from tokenferry.backends.cuda.across.split import Split, SplitCounts, Splitter
 from tokenferry.backends.cuda.buffers import SymmetricAllocator
 from tokenferry.backends.cuda.context import Call, Context
 from tokenferry.backends.cuda.faults import pinned_words, view_words
-from tokenferry.backends.cuda.forms import Payload
+from tokenferry.backends.cuda.forms import SendBuffers
 from tokenferry.kernels.codes import UNIT_TOKENS
 from tokenferry.kernels.control_block import HOST_CAME_WORD
 from tokenferry.topology import Topology
@@ -49,7 +49,7 @@ class Begun(NamedTuple):
     """
 
     call: Call
-    payload: Payload
+    payload: SendBuffers
     num_tokens: int
     split: Split
     sizes: AcrossSizes | None
@@ -78,7 +78,7 @@ class Planner:
         memory = pinned_words(HOST_CAME_WORD + topology.num_nodes, pin=context.device.type == "cuda")
         self._came, self.host = view_words(memory), memory.data_ptr()
 
-    def begin(self, form: AcrossForm, call: Call, payload: Payload, num_tokens: int) -> Begun:
+    def begin(self, form: AcrossForm, call: Call, payload: SendBuffers, num_tokens: int) -> Begun:
         """Begin a dispatch: count its tokens; nothing is sent yet.
 
         Raises:
@@ -110,7 +110,7 @@ class Planner:
         return found
 
     def sizes(self, form: AcrossForm, begun: Begun, went: SplitCounts) -> AcrossSizes:
-        """Ask the ranks across from this one for the sizes of a plan."""
+        """Ask the rail peers for the sizes of a plan."""
         call, words, crossing = begun.call, begun.split.words, self._crossing
         came = crossing.counts(call, words, crossing.open(call, words), begun.num_tokens)
         # `most` is not known yet.
@@ -186,7 +186,7 @@ class Planner:
         """Wait until `relay` has told how many tokens cross; `Relay.most` is not known yet, and 0.
 
         Raises:
-            MismatchError: a rank across from this one has made another call.
+            MismatchError: a rail peer has made another call.
             PeerTimeout: one did not answer in time.
         """
         self._context.wait_for_words(begun.call, self._came)

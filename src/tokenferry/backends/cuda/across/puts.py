@@ -118,7 +118,7 @@ def _sizes_of(num_nodes: int, body: int) -> RegionSizes:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Network:
-    """Memory of a rank that the ranks across from it put into, and what puts.
+    """The memory of a rank that its rail peers put into, and the kernels that put.
 
     Attributes:
         name: What it is.
@@ -152,7 +152,7 @@ class Puts:
     Attributes:
         network: As given.
         by_hand: Ranks of other nodes that were masked by hand.
-        lost: For each node 1 if a kernel has masked the rank across there.
+        lost: For each node 1 if a kernel has masked the rail peer there.
     """
 
     def __init__(self, context: Context, topology: Topology, network: Network) -> None:
@@ -203,7 +203,7 @@ class Puts:
         self._receive.launch(1, stream)
 
     def resynchronise(self) -> None:
-        """Forget all exchanges; nothing may be under way, and the ranks across from this one do the same."""
+        """Forget all exchanges; nothing may be under way, and the rail peers do the same."""
         sizes, device = self.network.sizes, self._context.device
         bytes_at(self.network.region + sizes.flags_at, sizes.flag_bytes, device, self.network).zero_()
         for field in ("crossed", "packed"):
@@ -313,7 +313,7 @@ class PutCrossing(Crossing):
         context: Context of this rank.
         topology: The nodes.
         rails: What carries the other exchanges.
-        expected: What rows are cut into chunks for.
+        expected: The expected traffic, by which rows are cut into chunks.
         puts: What exchanges messages.
     """
 

@@ -1,4 +1,4 @@
-"""What the ranks of a rail tell each other in a decode call besides rows."""
+"""What the ranks of a rail send each other in a decode call besides rows."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ class RailWords(NamedTuple):
     """Where the words of one call lie, in bytes from the beginning of the memory that it takes; its kernels write them.
 
     Attributes:
-        since: An int64: when the stream began to wait for them, if somebody counts.
-        mine: ``[N, RAIL_WORDS]`` int32: what the ranks across from this one get to know.
-        came: The same from them; zeros where nothing has come.
+        since: An int64: when the stream began to wait for them, if waits are counted.
+        mine: ``[N, RAIL_WORDS]`` int32: the headers for the rail peers.
+        came: Likewise those from them; zeros where nothing has come.
         states: ``[N, 2]`` int32: their states when they sent rows; `NOTHING_CAME` where nothing has come.
         overflows: ``[N]`` int32: tokens for one other node, where they were too many; else 0.
         num_bytes: Where they end.

@@ -1,4 +1,4 @@
-"""Rails: how a rank exchanges tensors with the ranks across from it, those with the same local index on other nodes."""
+"""Rails: how a rank exchanges tensors with its rail peers, the ranks with the same local index on other nodes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Part = tuple[int, int, int, bool]
 A plain tuple: each exchange has several, and named ones take the host several times as long to make.
 """
 Parts = Sequence[Part]
-"""Those of an exchange. What is for a node is in the order, and in the sizes, in which the rank across receives it."""
+"""Those of an exchange. What is for a node is in the order, and in the sizes, in which the rail peer receives it."""
 
 
 Compare = Callable[[], TokenferryError | None]
@@ -39,13 +39,13 @@ class Transfer(Protocol):
         """Wait for the same on the host.
 
         Raises:
-            PeerTimeout: a rank across from this one did not answer in time.
+            PeerTimeout: a rail peer did not answer in time.
         """
         ...
 
 
 class Rails(Protocol):
-    """Exchanges with the ranks across from this one. They are made in the same order by all ranks of a rail.
+    """Exchanges with the rail peers. They are made in the same order by all ranks of a rail.
 
     Attributes:
         name: What carries them.
@@ -83,7 +83,7 @@ class Rails(Protocol):
         """Raise the error of an earlier exchange that did not end in time, if there is one.
 
         Raises:
-            PeerTimeout: a rank across from this one did not answer in time.
+            PeerTimeout: a rail peer did not answer in time.
         """
         ...
 

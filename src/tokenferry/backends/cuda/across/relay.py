@@ -29,7 +29,7 @@ from tokenferry.types import Layout, Plan
 
 
 class Relay(NamedTuple):
-    """How many tokens cross between this rank and those across from it; with counts on the device, M to each.
+    """How many tokens cross between this rank and its rail peers; with counts on the device, M to each.
 
     Attributes:
         node: This node.

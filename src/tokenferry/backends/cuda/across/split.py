@@ -24,7 +24,7 @@ class Split(NamedTuple):
     Attributes:
         table: Address of ``[units, R + N]`` int32, as `dispatch_split` leaves it.
         bases: Address of ``[R + N]`` int32, likewise.
-        words: What the ranks across get to know, and what they say, of which nothing has come yet. Its memory holds all
+        words: What the rail peers get to know, and what they say, of which nothing has come yet. Its memory holds all
             but ``dst_counts``.
         dst_counts: `Plan.dst_counts`.
         rest: Address of the rest of the memory of ``words``.
