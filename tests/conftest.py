@@ -10,7 +10,7 @@ import torch
 import torch.distributed.tensor  # assert_close does it later than the server of ranks needs it
 
 from support.pools import forget_compiled, meet, prefer
-from tokenferry.testing.world import World
+from tokenferry.testing.world import World, WorldError
 
 # No test is timed: an example may take long on a busy machine.
 hypothesis.settings.register_profile("tokenferry", deadline=None)
@@ -76,9 +76,15 @@ class Pools:
     def check(self) -> None:
         """Find the process group that a test has ended: it would fail in any later test, named by none."""
         used, self._used = self._used, set()
+        errors = []
         for pool in used:
             if pool.alive:
-                pool.run(meet)
+                try:
+                    pool.run(meet)
+                except WorldError as error:  # the other pools may have ended in this test, too
+                    errors.append(error)
+        if errors:
+            raise errors[0]
 
     def close(self) -> None:
         for pool in self._pools.values():

@@ -97,7 +97,8 @@ class CapacityError(ArgumentError):
 
     Raised before anything is sent, except where the number is known only after the counts have arrived
     (``DispatchOptions.capacity`` below the worst case): then every rank raises together and the group stays usable.
-    CUDA: a dispatch that finds the heap full only after the counts have arrived leaves the group broken.
+    CUDA: a dispatch that finds the heap full only after the counts have arrived leaves the group broken; in
+    ``Layout.MASKED`` space for the rows is checked before.
     """
 
 
@@ -182,8 +183,8 @@ def _rebuild_peer_timeout(
 class ResourceError(TokenferryError, OSError):
     """The system refused memory, file descriptors or another resource. The message names it, the limit and the remedy.
 
-    On the CPU the group is broken, unless the call was local: its peers would wait for this rank, so they are told at
-    once, and raise `PeerTimeout` with the same reason. On a GPU nothing was sent, and the group stays usable, unless
+    On the CPU the group is broken, unless the call was local: its peers would wait for this rank, so they are notified
+    at once, and raise `PeerTimeout` with the same reason. On a GPU nothing was sent, and the group stays usable, unless
     the message says otherwise.
 
     Attributes:

@@ -253,7 +253,7 @@ def test_counters_are_added_to(run):
             assert before < dispatch[late] < before + 60e9
             assert 0 < combine[late] < 60e9
     dispatch, combine = counted[3]
-    assert (dispatch[0], combine[0]) == (before, 0), "neither in its node nor across from it"
+    assert (dispatch[0], combine[0]) == (before, 0), "neither in its node nor its rail peer"
 
 
 # ---------------------------------------------------------------------- CUDA graphs

@@ -1,5 +1,7 @@
 """Single calls of groups on the emulator: mismatches, kept launch params, capacities, and overlapping memory."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -88,11 +90,11 @@ def test_scales_in_a_wider_buffer_after_few(run, first_tokens):
 
 
 def larger_than_the_heap(rank, threads, pair):
-    """One rank asks for it, then both: the rows of MASKED take as much memory whatever is received."""
+    """One rank asks for it, then both: the rows of MASKED, or those and the plan, which is made before them."""
     with pair.open(None, SHAPE, timeout_s=20.0) as group:
         x, routing = torch.ones(2, 16), Routing(torch.tensor([[0, 2], [1, 3]]))
-        options = DispatchOptions(Layout.MASKED, capacity=HEAP_BYTES // (16 * 4))
-        for ranks in ((1,), (0, 1)):
+        for num_bytes, ranks in itertools.product((2 * HEAP_BYTES, HEAP_BYTES - 128), ((1,), (0, 1))):
+            options = DispatchOptions(Layout.MASKED, capacity=num_bytes // (2 * 16 * 4))
             if rank in ranks:
                 with pytest.raises(CapacityError, match="dispatch: the heap is full"):
                     group.dispatch(x, routing, options=options)

@@ -129,7 +129,7 @@ def stay_away(group: ExpertGroup, notes: Notes, timeout_s: float, absence: NodeA
 
 
 def lose_a_put(rank: int, pg, pair, folder: str, timeout_s: float, armed: threading.Event) -> None:
-    """A message from a rank to the one across from it is lost, and both go on calling, without each other."""
+    """A message from a rank to its rail peer is lost, and both go on calling, without each other."""
     notes = Notes(folder, rank, NUM_RANKS)
     warm_up(pg, pair)
     with pair.open(pg, CASE.shape, timeout_s=timeout_s, on_timeout="mask") as group:

@@ -53,7 +53,7 @@ def explain_an_error() -> None:
     reports = SimpleNamespace(post=lambda _: None, explain=lambda *_: late("for another rank"))
     exchange = Exchange(mock.Mock(rank=0, num_ranks=2), 1.0, mask_on_timeout=False, reports=reports)
     with exchange.guard("dispatch"):
-        raise late("for the rank across")
+        raise late("for the rail peer")
 
 
 def refuse_a_handshake() -> None:

@@ -147,7 +147,7 @@ def test_one_rank_uses_no_links():
 
 
 @pytest.mark.parametrize(("ranks", "sms", "name"), [(0, 132, "num_ranks"), (8, 0, "num_sms")])
-def test_topology_refuses(ranks, sms, name):
+def test_machine_refuses(ranks, sms, name):
     with pytest.raises(ConfigError, match=f"Machine: {name}: expected a positive integer, got 0"):
         Machine(ranks, sms)
 

@@ -264,7 +264,7 @@ CLOSED = "was closed"
 
 
 class Interruptible(Protocol):
-    """A backend that handles an interrupt after the last message of a call: it is then a call ahead of its caller.
+    """Handles an exception after the last message of a call, when this rank is a call ahead of its caller.
 
     Attributes:
         latest_call: The call that has begun last, or what stands for it.
@@ -274,7 +274,7 @@ class Interruptible(Protocol):
     def latest_call(self) -> Any: ...  # noqa: ANN401, D102 - known to the backend only
 
     def interrupted(self, call: str, before: Any, error: BaseException) -> None:  # noqa: ANN401 - likewise
-        """Break the backend if anything was sent since `latest_call` was ``before``; the caller gets ``error``."""
+        """Break the group if anything was sent since `latest_call` was ``before``; may raise another error."""
 
 
 class Backend(Protocol):

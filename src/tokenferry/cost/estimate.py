@@ -147,7 +147,7 @@ def over_nodes(case: Case, links: Links, decode: DecodeSizes, sampling: Sampling
 
 
 def expected_overflows(cluster: Cluster, reach: Reach, decode: DecodeSizes) -> float:
-    """Return the mean number of (rank, other node) that exceed the slots in a decode call of independent tokens. Pure.
+    """Return the mean number of pairs (rank, other node) that exceed the slots in a call of independent tokens. Pure.
 
     A node is needed by each of T tokens with its probability, so that the number is binomial.
     """

@@ -130,9 +130,9 @@ class Dispatcher:
         plan._form, plan._layout, plan._num_sent, plan._made = form.plan, layout, layout.num_sent, {}
         # Blocks are taken before anything is sent: if the heap is full, the group is still whole.
         if form.waits and not allocator.has_room_for_two(plan_bytes + form.worst.num_bytes):
+            plan._block = allocator.call_block(call, layout.num_bytes)
             if form.geometry.layout == MASKED:  # whatever the counts are
                 allocator.require(call, form.worst.num_bytes)
-            plan._block = allocator.call_block(call, layout.num_bytes)
             result = self._send_counted(form, call, plan, payload)
         else:
             plan._block = allocator.call_block(call, plan_bytes)

@@ -160,7 +160,7 @@ class NcclRails:
         self._enter_thread = enter_thread
         # Not this object: it must be able to die. But exchanges under way hold it, and the memory that they write.
         args = (weakref.ref(self), self._under_way, channel, self._more, self._looks, enter_thread)
-        self._thread = threading.Thread(target=_look_after, args=args, name="tokenferry-rails", daemon=True)
+        self._thread = threading.Thread(target=_watch, args=args, name="tokenferry-rails", daemon=True)
         self._thread.start()
         forget_in_child(self, NcclRails.forget)
 
@@ -359,7 +359,7 @@ def _never() -> bool:
     return False
 
 
-def _look_after(
+def _watch(
     rails: weakref.ref[NcclRails],
     _under_way: deque[NcclTransfer],
     channel: RailChannel,
