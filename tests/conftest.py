@@ -74,7 +74,7 @@ class Pools:
         return self._pools[key]
 
     def check(self) -> None:
-        """Find the process group that a test has ended: it would fail in any later test, named by none."""
+        """Raise if the test has ended the process group of a pool: later tests would fail because of it."""
         used, self._used = self._used, set()
         errors = []
         for pool in used:

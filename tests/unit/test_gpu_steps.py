@@ -19,7 +19,7 @@ def steps():
 
 
 def ends(pid: int) -> bool:
-    """Return whether a process ends: the signal that ends it waits until it is its turn to run."""
+    """Return whether a process ends soon: one that was killed is gone only once it has been scheduled again."""
     until = time.monotonic() + 60.0
     while time.monotonic() < until:
         try:

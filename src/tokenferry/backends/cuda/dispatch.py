@@ -121,7 +121,7 @@ class Dispatcher:
             num_tokens: T.
 
         Raises:
-            CapacityError: the heap has no room for what is known before the counts.
+            CapacityError: the heap has no room for the blocks whose sizes are known before the counts.
         """
         allocator = self._allocator
         layout = form.layouts.get(num_tokens) or self._layout(form, num_tokens)
@@ -131,7 +131,7 @@ class Dispatcher:
         # Blocks are taken before anything is sent: if the heap is full, the group is still whole.
         if form.waits and not allocator.has_room_for_two(plan_bytes + form.worst.num_bytes):
             plan._block = allocator.call_block(call, layout.num_bytes)
-            if form.geometry.layout == MASKED:  # whatever the counts are
+            if form.geometry.layout == MASKED:  # its rows do not depend on the counts
                 allocator.require(call, form.worst.num_bytes)
             result = self._send_counted(form, call, plan, payload)
         else:

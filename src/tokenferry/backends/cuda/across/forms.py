@@ -91,7 +91,7 @@ class AcrossForm:
         assign: Kernel that computes places inside the node.
         waits: Whether as many rows cross as there are, and results have exactly as many as arrive.
         tight: Whether rows may exceed a capacity.
-        fixed_bytes: What received rows take whatever the counts are (MASKED), if the host waits for these; else 0.
+        fixed_bytes: Bytes of received rows if the host waits for counts on which they do not depend (MASKED); else 0.
         by_offsets: Whether results have `Dispatched.expert_offsets`.
         at_once: Whether the routing crosses along with the headers, in the size of M tokens, used or not.
         known: What is known of such calls before anything is sent, by T.

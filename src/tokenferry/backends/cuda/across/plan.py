@@ -82,7 +82,7 @@ class Planner:
         """Begin a dispatch: count its tokens; nothing is sent yet.
 
         Raises:
-            CapacityError: the heap has no room for what the counts have no part in.
+            CapacityError: the heap has no room for rows whose space does not depend on the counts.
         """
         sizes, rest = None, 0
         if form.fixed_bytes:
